@@ -1,0 +1,140 @@
+"""Weak augmentation: random scale, crop, flip, padding; and the normalisation that follows on the device.
+
+The usual way resizes the whole picture and then throws most of it away. Here the window is drawn first, in the
+coordinates of the scaled picture, and one resize reads only the source pixels under it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common import InputError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB, of pixels in [0,1]; the statistics torchvision's weights were trained with
+IMAGENET_STD = (0.229, 0.224, 0.225)
+IGNORE = 255
+
+ScaleRule = Callable[[int, int], float]  # (width, height) -> factor of the picture's own size
+
+
+def uniform(low: float, high: float) -> float:
+    """One draw from torch's global generator, which the loader seeds for each sample."""
+    return low + (high - low) * torch.rand(()).item()
+
+
+@dataclass(frozen=True)
+class ScaleFrom:
+    """A factor chosen from a list (CPS: 0.5, 0.75, 1, 1.5, 1.75, 2)."""
+
+    factors: tuple[float, ...]
+
+    def __call__(self, width: int, height: int) -> float:
+        return self.factors[int(torch.randint(len(self.factors), ()))]
+
+
+@dataclass(frozen=True)
+class LongSide:
+    """The long side drawn uniformly, in pixels (ST++: 200..800 on VOC)."""
+
+    low: int
+    high: int
+
+    def __call__(self, width: int, height: int) -> float:
+        return int(torch.randint(self.low, self.high + 1, ())) / max(width, height)
+
+
+@dataclass(frozen=True)
+class HalfOrDouble:
+    """U(0.5, 1) or U(1, 2) with equal chance (U2PL)."""
+
+    def __call__(self, width: int, height: int) -> float:
+        return uniform(0.5, 1.0) if uniform(0, 1) < 0.5 else uniform(1.0, 2.0)
+
+
+def scale_rule(text: str) -> ScaleRule:
+    """The random scale that `--scale` names: "0.5,0.75,1", "long:200-800" or "half-or-double".
+
+    Raises:
+        InputError: none of these.
+    """
+    try:
+        if text == "half-or-double":
+            return HalfOrDouble()
+        if text.startswith("long:"):
+            low, high = map(int, text[5:].split("-"))
+            return LongSide(low, high)
+        factors = tuple(float(part) for part in text.split(","))
+        if min(factors) > 0:
+            return ScaleFrom(factors)
+    except ValueError:
+        pass
+    raise InputError(f"--scale {text}: give factors such as 0.5,1,2, or long:200-800, or half-or-double")
+
+
+@dataclass(frozen=True)
+class Window:
+    """A crop of the scaled picture: `box` (left, top, right, bottom) in source pixels becomes `size` (width, height) pixels."""
+
+    box: tuple[float, float, float, float]
+    size: tuple[int, int]
+    flip: bool
+
+
+@dataclass(frozen=True)
+class WeakAugment:
+    """Random scale, a square crop at a random place, a horizontal flip with chance 0.5.
+
+    A scaled picture smaller than the crop stays whole; the loader pads it at the right and the bottom.
+    """
+
+    crop: int
+    scale: ScaleRule
+
+    def draw(self, width: int, height: int) -> Window:
+        """Draw the window for a picture of `width` x `height` pixels."""
+        factor = self.scale(width, height)
+        scaled = max(1, round(width * factor)), max(1, round(height * factor))
+        size = min(self.crop, scaled[0]), min(self.crop, scaled[1])
+        left, top = (int(torch.randint(whole - part + 1, ())) for whole, part in zip(scaled, size))
+        x, y = width / scaled[0], height / scaled[1]  # source pixels per scaled pixel
+        box = (left * x, top * y, min(width, (left + size[0]) * x), min(height, (top + size[1]) * y))
+        return Window(box, size, flip=uniform(0, 1) < 0.5)
+
+
+def cut(picture: Image.Image, window: Window, resample: Image.Resampling) -> Image.Image:
+    """The window of a PIL picture, resized and flipped."""
+    whole = all(float(edge).is_integer() for edge in window.box)
+    box = tuple(int(edge) for edge in window.box) if whole else window.box
+    if whole and (box[2] - box[0], box[3] - box[1]) == window.size:
+        picture = picture.crop(box)
+    else:
+        picture = picture.resize(window.size, resample, box=window.box)
+    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if window.flip else picture
+
+
+@lru_cache
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    scale = torch.tensor(IMAGENET_STD, device=device).mul(255)
+    return torch.tensor(IMAGENET_MEAN, device=device).mul(255), scale
+
+
+def normalise(pixels: Tensor, valid_mask: Tensor | None = None) -> Tensor:
+    """Pixels as the network takes them.
+
+    Args:
+        pixels: (N,H,W,3) uint8 RGB.
+        valid_mask: (N,H,W) bool, False on padding, which becomes 0; None where there is none.
+
+    Returns:
+        (N,3,H,W) float32, ImageNet mean 0 and deviation 1; channels_last on CUDA, contiguous elsewhere.
+    """
+    mean, std = _statistics(pixels.device)
+    images = (pixels.float() - mean) / std
+    if valid_mask is not None:
+        images = images * valid_mask[..., None]
+    images = images.permute(0, 3, 1, 2)
+    return images if images.is_cuda else images.contiguous()

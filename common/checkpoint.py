@@ -1,0 +1,163 @@
+"""Checkpoints: everything that decides how a run goes on, written so that no moment of death leaves a broken file.
+
+`last.pt` is a dict that `torch.load(..., weights_only=True)` reads:
+    schema      this layout's version
+    iteration   iterations done
+    args        the run's settings, plain values
+    networks    name -> state dict
+    states      name -> state dict of optimiser, scheduler, scaler, report, ...
+    rng         one entry a process: python, numpy, torch and CUDA generators
+`best.pt` holds schema, iteration, args and networks alone.
+"""
+
+import argparse
+import json
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from common import InputError
+from common.runtime import Runtime, derive_seed
+
+SCHEMA = 1
+
+
+def random_state() -> dict:
+    """The state of every global generator, as tensors, numbers and lists."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    version, words, spare = random.getstate()
+    return {
+        "python": [version, list(words), spare],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+    }
+
+
+def set_random_state(state: dict) -> None:
+    """Put back what `random_state` returned."""
+    version, words, spare = state["python"]
+    random.setstate((version, tuple(words), spare))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def write(content: dict, path: Path) -> None:
+    """Write `content` to `path` through a temporary file: the old file stays until the new one is safely on the disk.
+
+    Raises:
+        InputError: the disk is full or the folder cannot be written to; the old file is untouched.
+    """
+    part = path.with_suffix(".part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error}; the checkpoint before it is untouched") from None
+
+
+def save(
+    path: Path,
+    iteration: int,
+    args: argparse.Namespace,
+    networks: Mapping[str, nn.Module],
+    states: Mapping,
+    rt: Runtime,
+) -> None:
+    """Write the whole state after `iteration` iterations; collective across processes, written by the first."""
+    rt.settle()
+    rt.average_buffers(networks)
+    rng = [random_state()]
+    if rt.world > 1:
+        rng = [None] * rt.world
+        dist.all_gather_object(rng, random_state())
+    if rt.is_main:
+        content = header(iteration, args, networks)
+        write({**content, "states": {name: state.state_dict() for name, state in states.items()}, "rng": rng}, path)
+    if rt.world > 1:
+        dist.barrier()
+
+
+def header(iteration: int, args: argparse.Namespace, networks: Mapping[str, nn.Module]) -> dict:
+    """What `best.pt` holds, and the first part of `last.pt`."""
+    return {
+        "schema": SCHEMA,
+        "iteration": iteration,
+        "args": dict(vars(args)),
+        "networks": {name: network.state_dict() for name, network in networks.items()},
+    }
+
+
+def read(path: Path) -> dict:
+    """A checkpoint file.
+
+    Raises:
+        InputError: missing, broken, or not one of ours.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"no checkpoint at {path}") from None
+    except Exception as error:  # torch.load raises whatever the bytes lead it to
+        raise InputError(f"{path}: not a checkpoint ({type(error).__name__}); is the file complete?") from None
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise InputError(f"{path}: not a checkpoint of this version (schema {SCHEMA} is expected)")
+    return content
+
+
+def read_description(run: Path) -> dict:
+    """The run's `args.json`: its settings under "args", and classes, colours, protocol, versions.
+
+    Raises:
+        InputError: no run in that folder, or a damaged file.
+    """
+    try:
+        return json.loads((run / "args.json").read_text())
+    except OSError:
+        raise InputError(f"no run in {run} (no args.json there)") from None
+    except ValueError:
+        raise InputError(f"{run}/args.json is damaged") from None
+
+
+def load_networks(content: dict, networks: Mapping[str, nn.Module], path: Path) -> None:
+    """Load `networks` by name.
+
+    Raises:
+        InputError: another method's checkpoint, or tensors of another shape; the message names the first.
+    """
+    for name, network in networks.items():
+        if name not in content["networks"]:
+            raise InputError(
+                f"{path}: holds {', '.join(content['networks'])}, not '{name}'; is it another method's checkpoint?"
+            )
+        try:
+            network.load_state_dict(content["networks"][name])
+        except RuntimeError as error:
+            raise InputError(f"{path}: does not fit this network: {str(error).splitlines()[1].strip()}") from None
+
+
+def resume(path: Path | None, args: argparse.Namespace, networks: Mapping[str, nn.Module], states: Mapping, rt: Runtime) -> int:
+    """Put the state of `path` back and return the iterations done; for None or no file yet, 0 and fresh generators."""
+    torch.manual_seed(derive_seed(args.seed, rt.rank, 0xD0))  # dropout differs between processes, initialisation did not
+    if path is None or not path.is_file():
+        return 0
+    content = read(path)
+    load_networks(content, networks, path)
+    for name, state in states.items():
+        state.load_state_dict(content["states"][name])
+    if len(content["rng"]) == rt.world:
+        set_random_state(content["rng"][rt.rank])
+    return content["iteration"]

@@ -1,0 +1,287 @@
+"""Flags that all method scripts share, their validation, and the run's schedule.
+
+A flag that is not given takes the method's preset for the data set (`PRESETS` in the script), then the data set's own default
+(`DATA_DEFAULTS`). With `--resume`, flags that are not given come from the run's `args.json`.
+"""
+
+import argparse
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from common import InputError, checkpoint
+from common.augment import scale_rule
+from common.deeplabv3plus import BACKBONES
+
+# What is decided by the data set and not by a paper. eval_window: 0 evaluates whole pictures.
+DATA_DEFAULTS = {
+    "shapes": {
+        "split": "1/8",
+        "backbone": "tiny",
+        "weights": "none",
+        "output_stride": 8,
+        "eval_window": 0,
+        "eval_iters": 250,
+        "workers": 0,
+    },
+    "camvid": {
+        "split": "1/8",
+        "backbone": "resnet50",
+        "weights": "imagenet",
+        "output_stride": 16,
+        "eval_window": 0,
+        "eval_interval": 10,
+    },
+    "voc": {
+        "split": "1/8",
+        "backbone": "resnet50",
+        "weights": "imagenet",
+        "output_stride": 16,
+        "eval_window": 0,
+        "eval_interval": 1,
+    },
+    "cityscapes": {
+        "split": "1/8",
+        "backbone": "resnet50",
+        "weights": "imagenet",
+        "output_stride": 16,
+        "eval_window": 800,
+        "eval_interval": 8,
+    },
+    "folder": {
+        "split": "all",
+        "backbone": "resnet50",
+        "weights": "imagenet",
+        "output_stride": 16,
+        "eval_window": 0,
+        "eval_interval": 1,
+    },
+}
+# Settings that may differ when a run is resumed; all others decide its result.
+FREE_ON_RESUME = {
+    "resume", "output_dir", "device", "workers", "debug", "eval_only", "log_interval", "save_interval", "kernels", "data_dir", "download",
+}  # fmt: skip
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The shared flags; a script adds its own and calls `finish`."""
+    top = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+    group = top.add_argument_group("data")
+    group.add_argument("--data", choices=DATA_DEFAULTS, default="shapes", help="data set (default: shapes, the built-in one)")
+    group.add_argument("--data-dir", metavar="DIR", help="its folder (default: data/NAME)")
+    group.add_argument("--download", action="store_true", help="fetch voc (with SBD) or camvid into --data-dir first")
+    group.add_argument(
+        "--split",
+        help="labelled share: 1/8, a published list (183, u2pl-1/8), all, or a .txt (default: 1/8; folder: all)",
+    )
+    group.add_argument(
+        "--labelled-list", "--labeled-list", metavar="TXT", help="your own list of labelled picture ids, a line each"
+    )
+    group.add_argument("--extra", choices=["coarse"], help="cityscapes: add unlabelled pictures of leftImg8bit/train_extra")
+    group.add_argument("--extra-count", type=positive, default=3000, metavar="N", help="how many (default: 3000)")
+    group.add_argument(
+        "--measure-pseudo-labels",
+        action="store_true",
+        help="open masks of unlabelled pictures, to measure pseudo-labels only (shapes: always)",
+    )
+
+    group = top.add_argument_group("network")
+    group.add_argument("--backbone", choices=BACKBONES, help="default: resnet50; shapes: tiny")
+    group.add_argument("--weights", metavar="imagenet|none|PATH", help="of the backbone (default: imagenet; shapes: none)")
+    group.add_argument("--output-stride", type=int, choices=[8, 16, 32], help="of the deepest features (default: the preset's)")
+    group.add_argument("--dropout", type=float, default=0.5, help="Dropout2d after ASPP (default: 0.5)")
+
+    group = top.add_argument_group("schedule (defaults: the method's preset for the data set)")
+    group.add_argument("--epochs", type=positive, help="passes over the unlabelled pictures")
+    group.add_argument("--max-iters", type=positive, metavar="N", help="iterations; wins over --epochs")
+    group.add_argument(
+        "-b", "--batch-size", type=positive, metavar="N", help="labelled pictures a process, and as many unlabelled"
+    )
+    group.add_argument("--lr", type=float, help="learning rate of the backbone, for the global batch")
+    group.add_argument("--head-lr-mult", type=float, metavar="X", help="the head's multiple of it")
+    group.add_argument("--weight-decay", type=float, metavar="X", help="L2 coefficient")
+    group.add_argument("--crop-size", type=positive, metavar="PX", help="side of the training crop")
+    group.add_argument("--scale", metavar="RULE", help="random scale: factors (0.5,1,2), long:200-800, or half-or-double")
+
+    group = top.add_argument_group("run")
+    group.add_argument("--output-dir", metavar="DIR", help="run folder (default: runs/METHOD-DATA-SPLIT-seedN)")
+    group.add_argument(
+        "--resume", nargs="?", const="", metavar="RUN", help="go on with a run (default: the run these flags name)"
+    )
+    group.add_argument("--eval-only", action="store_true", help="evaluate the run's last checkpoint and write its figures")
+    group.add_argument("--eval-interval", type=positive, metavar="EPOCHS", help="epochs between evaluations")
+    group.add_argument(
+        "--eval-iters", type=positive, metavar="N", help="iterations between evaluations; wins over --eval-interval"
+    )
+    group.add_argument(
+        "--eval-window", type=int, metavar="PX", help="sliding-window evaluation with stride 2/3; 0: whole pictures"
+    )
+    group.add_argument(
+        "--log-interval", type=positive, default=50, metavar="N", help="iterations between log lines (default: 50)"
+    )
+    group.add_argument(
+        "--save-interval", type=positive, default=500, metavar="N", help="iterations between checkpoints (default: 500)"
+    )
+
+    group = top.add_argument_group("machine")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
+    group.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision (default: off)")
+    group.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    group.add_argument(
+        "--kernels",
+        choices=["auto", "triton", "torch"],
+        default="auto",
+        help="implementation of the fused operations (default: auto)",
+    )
+    group.add_argument(
+        "-j", "--workers", type=int, metavar="N", help="loader processes a loader (default: 4 or the cores; shapes: 0)"
+    )
+    group.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    group.add_argument("--deterministic", action="store_true", help="deterministic CUDA operations, slower")
+    group.add_argument("--debug", action="store_true", help="print a traceback when something goes wrong")
+    return top
+
+
+def finish(
+    top: argparse.ArgumentParser, presets: dict[str, dict], method: str, argv: list[str] | None = None
+) -> argparse.Namespace:
+    """Parse, fill in presets, find the run folder, and take a resumed run's settings from its `args.json`.
+
+    Args:
+        top: `parser(...)` with the method's own flags.
+        presets: data set -> flag -> value; "epochs" may be a dict by split.
+        method: the method's name, kept in `args.method` and part of the default run folder.
+        argv: the command line, None for this process's.
+
+    Returns:
+        The settings, all plain values, with `method`, `output_dir` and `resume` (True or False) set.
+    """
+    args = top.parse_args(argv)
+    if args.resume is not None or (
+        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and default_run(args, presets, method).is_dir()
+    ):
+        run = Path(args.resume) if args.resume else default_run(args, presets, method)
+        run = run.parent if run.suffix == ".pt" else run
+        try:
+            saved = checkpoint.read_description(run)["args"]
+        except InputError as error:
+            top.error(f"--resume: {error}")
+        top.set_defaults(
+            **{key: value for key, value in saved.items() if key not in ("resume", "eval_only", "debug", "output_dir")}
+        )
+        args = top.parse_args(argv)
+        clash = [
+            key
+            for key, value in saved.items()
+            if key not in FREE_ON_RESUME and hasattr(args, key) and getattr(args, key) != value
+        ]
+        if clash:
+            top.error(
+                f"{run} was started with "
+                + ", ".join(f"{key}={saved[key]}" for key in clash)
+                + "; resume without changing that"
+            )
+        args.output_dir, args.resume = str(run), True
+    else:
+        args.output_dir, args.resume, args.method = str(default_run(args, presets, method)), False, method
+    fill(args, presets)
+    check(args, top)
+    return args
+
+
+def default_run(args: argparse.Namespace, presets: dict[str, dict], method: str) -> Path:
+    """`--output-dir`, or runs/METHOD-DATA-SPLIT-seedN."""
+    split = args.split or presets.get(args.data, {}).get("split") or DATA_DEFAULTS[args.data]["split"]
+    if args.labelled_list:
+        split = args.labelled_list
+    split = Path(split).stem if split.endswith(".txt") else split.replace("/", "-")
+    return Path(args.output_dir or f"runs/{method}-{args.data}-{split}-seed{args.seed}")
+
+
+def fill(args: argparse.Namespace, presets: dict[str, dict]) -> None:
+    """Give every flag that is still None its preset."""
+    preset = {**DATA_DEFAULTS[args.data], **presets[args.data]}
+    args.split = args.split or preset["split"]
+    if args.epochs is None and args.max_iters is None:
+        epochs = preset.get("epochs")
+        args.epochs = epochs.get(args.split) if isinstance(epochs, dict) else epochs
+        args.max_iters = None if args.epochs else preset.get("max_iters")
+    if args.batch_size is None:
+        args.batch_size = max(2, preset["batch_size"] // int(os.environ.get("WORLD_SIZE", 1)))
+    if args.eval_interval is None and args.eval_iters is None:
+        args.eval_interval, args.eval_iters = preset.get("eval_interval"), preset.get("eval_iters")
+    for key, value in preset.items():
+        if key not in ("epochs", "max_iters", "eval_interval", "eval_iters") and getattr(args, key, None) is None:
+            setattr(args, key, value)
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.workers is None:
+        args.workers = min(4, os.cpu_count() or 1)
+
+
+def check(args: argparse.Namespace, top: argparse.ArgumentParser) -> None:
+    """Refuse values that cannot work; argparse prints one line and exits with 2."""
+    try:
+        scale_rule(args.scale)
+    except InputError as error:
+        top.error(str(error))
+    if args.backbone == "tiny" and args.weights != "none":
+        top.error("--backbone tiny has no pretrained weights; add --weights none")
+    if args.weights not in ("imagenet", "none") and not Path(args.weights).is_file():
+        top.error(f"--weights {args.weights}: no such file (imagenet, none or a path)")
+    if args.crop_size < 32:
+        top.error(f"--crop-size {args.crop_size}: at least 32 pixels")
+    if args.lr <= 0 or args.head_lr_mult <= 0:
+        top.error("--lr and --head-lr-mult must be above 0")
+    if not 0 <= args.dropout < 1:
+        top.error(f"--dropout {args.dropout}: from 0 to below 1")
+    if args.seed < 0 or args.workers < 0 or args.eval_window < 0:
+        top.error("--seed, --workers and --eval-window must not be negative")
+    if args.kernels == "triton":
+        top.error("--kernels triton: there is no Triton kernel yet; use auto or torch")
+    try:
+        torch.device(args.device)
+    except RuntimeError:
+        top.error(f"--device {args.device}: cpu, cuda, cuda:N or mps")
+
+
+class Schedule:
+    """How many iterations a run has, and after which ones it evaluates and saves.
+
+    Args:
+        args: the settings.
+        pictures: pictures an epoch passes over.
+        world: processes.
+    """
+
+    def __init__(self, args: argparse.Namespace, pictures: int, world: int):
+        self.per_epoch = max(1, pictures // (args.batch_size * world))
+        self.total = args.max_iters or args.epochs * self.per_epoch
+        self.eval_every = args.eval_iters or args.eval_interval * self.per_epoch
+        self.save_every = args.save_interval
+
+    def evaluates(self, done: int) -> bool:
+        return done > 0 and (done % self.eval_every == 0 or done == self.total)
+
+    def saves(self, done: int) -> bool:
+        return done > 0 and (done % self.save_every == 0 or self.evaluates(done))
+
+    def factor(self, done: int) -> float:
+        """The poly learning rate's factor, (1 - done/total)^0.9."""
+        return max(0.0, 1 - done / self.total) ** 0.9
+
+    def __str__(self) -> str:
+        return f"{self.total} iterations ({math.ceil(self.total / self.per_epoch)} epochs of {self.per_epoch})"

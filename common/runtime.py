@@ -1,0 +1,248 @@
+"""One training process: device, seeds, precision, the other processes, signals.
+
+Checkpoints stand in `checkpoint.py`. Every script starts with `rt = start(args)` and is run by `launch(main, args)`, which
+turns what goes wrong into one line and an exit code: 2 for bad input, 130 for Ctrl-C, 0 for SIGTERM (both after a
+checkpoint), 1 for a loss that is not finite.
+"""
+
+import argparse
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from common import InputError
+
+
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C arrived and the last checkpoint is written."""
+
+
+class NotFinite(Exception):
+    """The loss is NaN or infinite."""
+
+
+def derive_seed(*numbers: int) -> int:
+    """A 63-bit seed from several numbers, well mixed (numpy's SeedSequence)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def ignore_interrupts(worker: int) -> None:
+    """A loader worker leaves Ctrl-C to the main process, which finishes its iteration and saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@dataclass
+class Runtime:
+    """What a script needs to know of its process.
+
+    Attributes:
+        device: where the networks are.
+        rank, world: this process among all (0 of 1 without torchrun).
+        amp: autocast dtype, or None for float32.
+        scaler: loss scaler, active with float16 only.
+        compile: whether `wrap` compiles.
+        signal: the signal that asked to stop, or None.
+    """
+
+    device: torch.device
+    rank: int
+    world: int
+    amp: torch.dtype | None
+    scaler: torch.amp.GradScaler
+    compile: bool
+    signal: int | None = None
+    polls: int = 0
+    pending: tuple | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    # ------------------------------------------------------------------------------------------------------- networks
+
+    def place(self, network: nn.Module) -> nn.Module:
+        """Move to the device: channels_last on CUDA, SyncBatchNorm across CUDA processes. Before building the optimiser."""
+        if self.device.type == "cuda":
+            network = network.to(memory_format=torch.channels_last)
+            if self.world > 1:
+                network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        return network.to(self.device)
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """The callable to train through: DDP across processes, compiled with `--compile`; the same parameters as `network`."""
+        if self.world > 1:
+            devices = [self.device] if self.device.type == "cuda" else None
+            # Buffers stay local: broadcasting them before each forward would break a second forward before the backward.
+            network = nn.parallel.DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+        return torch.compile(network) if self.compile else network
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision for the forward pass, as `--amp` says."""
+        return torch.autocast(self.device.type, dtype=self.amp or torch.bfloat16, enabled=self.amp is not None)
+
+    def step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """Backward pass and optimiser step, through the loss scaler where float16 needs it."""
+        optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def to_device(self, batch: dict) -> dict:
+        """A batch with its tensors on the device; the copy runs beside the computation."""
+        return {
+            key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for key, value in batch.items()
+        }
+
+    # ------------------------------------------------------------------------------------------------ other processes
+
+    def mean(self, total: Tensor, count: Tensor) -> Tensor:
+        """Mean over the pixels of all processes, as the loss of this one.
+
+        DDP averages gradients over processes, so the local sum is divided by the global count over the number of
+        processes: ranks with fewer valid pixels then weigh less, exactly as in one process with the whole batch.
+        0 where nothing counts.
+
+        Args:
+            total: local sum, a scalar with gradient.
+            count: local number of pixels, an integer scalar.
+        """
+        count = count.detach().to(torch.float32)
+        if self.world > 1:
+            dist.all_reduce(count)
+        return total * self.world / count.clamp_min(1)
+
+    def add_up(self, value: Tensor) -> Tensor:
+        """Sum of `value` over all processes (a new tensor)."""
+        value = value.clone()
+        if self.world > 1:
+            dist.all_reduce(value)
+        return value
+
+    def average_buffers(self, networks: dict[str, nn.Module]) -> None:
+        """Average BatchNorm statistics over processes, before evaluating or saving (SyncBatchNorm keeps them equal)."""
+        if self.world == 1:
+            return
+        for network in networks.values():
+            for buffer in network.buffers():
+                if buffer.is_floating_point():
+                    dist.all_reduce(buffer)
+                    buffer /= self.world
+
+    # --------------------------------------------------------------------------------------------------------- safety
+
+    def stopping(self) -> bool:
+        """Whether to stop now; all processes agree. Across processes they ask each other every 10th call only."""
+        if self.world == 1:
+            return self.signal is not None
+        self.polls += 1
+        if self.polls % 10:
+            return False
+        asked = torch.tensor(float(self.signal or 0), device=self.device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        self.signal = int(asked.item()) or None
+        return self.signal is not None
+
+    def check_finite(self, loss: Tensor, iteration: int, names: list[str]) -> None:
+        """Stop if the loss is NaN or infinite.
+
+        On CUDA the value is copied without waiting and looked at one iteration later, so that the check costs no
+        synchronisation; `names` are kept with it. `settle` looks at what is left, before a checkpoint is written.
+
+        Raises:
+            NotFinite: with the iteration and the files of its batch.
+        """
+        self.settle()
+        ready = torch.cuda.Event() if loss.is_cuda else None
+        value = loss.detach().to("cpu", non_blocking=True)
+        if ready:
+            ready.record()
+        self.pending = (ready, value, iteration, names)
+        if ready is None:
+            self.settle()
+
+    def settle(self) -> None:
+        """Look at the last loss that `check_finite` has not looked at yet."""
+        if self.pending is None:
+            return
+        ready, value, iteration, names = self.pending
+        self.pending = None
+        if ready:
+            ready.synchronize()
+        if not torch.isfinite(value):
+            raise NotFinite(f"the loss is {value.item()} at iteration {iteration}; its pictures: {', '.join(names)}")
+
+
+def start(args: argparse.Namespace) -> Runtime:
+    """Set up this process: device, the other processes (torchrun's environment), seeds, determinism, signals.
+
+    Raises:
+        InputError: a device that is not there, or fewer than two pictures a process.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if args.batch_size < 2 and not args.eval_only:
+        raise InputError("-b 1: at least 2 pictures a process; BatchNorm over ASPP's pooled 1x1 map has no variance with one")
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError(f"--device {args.device}: no CUDA device is visible; use --device cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = not args.deterministic
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    random.seed(args.seed)
+    np.random.seed(args.seed % 2**32)
+    torch.manual_seed(args.seed)  # the same on all processes: they build the same networks
+
+    amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    rt = Runtime(device, rank, world, amp, scaler, args.compile)
+
+    def note(number: int, frame) -> None:
+        if rt.signal == signal.SIGINT == number:  # a second Ctrl-C does not wait for the iteration to end
+            raise KeyboardInterrupt
+        rt.signal = number
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return rt
+
+
+def launch(main: Callable[[argparse.Namespace], Runtime | None], args: argparse.Namespace) -> None:
+    """Run `main(args)` and exit with one clear line for what is expected to go wrong; a traceback only with `--debug`."""
+    if args.debug:
+        main(args)
+        return
+    try:
+        main(args)
+        code, message = 0, ""
+    except InputError as error:
+        # A loader worker's error arrives as text, traceback and all; its last part is the message.
+        code, message = 2, "error: " + str(error).rsplit("InputError: ", 1)[-1].strip()
+    except NotFinite as error:
+        code, message = 1, f"stopped: {error}. The last checkpoint is untouched; try a lower --lr or --amp off"
+    except Stopped as stop:
+        interrupted = stop.args[0] == signal.SIGINT
+        code, message = (
+            (130 if interrupted else 0),
+            f"stopped: {'Ctrl-C' if interrupted else 'SIGTERM'}; go on with --resume {args.output_dir}",
+        )
+    except KeyboardInterrupt:
+        code, message = 130, f"stopped at once; go on from the last checkpoint with --resume {args.output_dir}"
+    if message:
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+    if dist.is_initialized() and code in (0, 130):
+        dist.destroy_process_group()
+    sys.exit(code)

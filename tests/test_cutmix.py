@@ -1,0 +1,51 @@
+"""CutMix masks: areas, bounds, XOR, and independence of the number of processes."""
+
+from dataclasses import replace
+
+import torch
+
+from common.cutmix import draw_boxes, half_area_masks, mix, rasterise, xor_box_masks
+
+
+def test_the_half_area_box_covers_half_and_stays_inside(rt):
+    masks = half_area_masks(200, 128, rt, seed=1, iteration=3)
+    share = masks.float().mean((1, 2))
+    assert (share - 0.5).abs().max() < 0.01  # sides are rounded to pixels
+    heights = masks.any(2).sum(1)
+    assert heights.min() >= 63 and heights.max() <= 128
+    assert heights.float().std() > 10  # the aspect really varies
+
+
+def test_boxes_stay_inside_and_reach_every_edge():
+    boxes = draw_boxes(500, 3, (0.25, 0.5), 64, torch.Generator().manual_seed(0))
+    assert boxes.min() == 0 and boxes.max() == 64
+    sides = boxes[..., 2:] - boxes[..., :2]
+    assert (sides > 0).all()
+    area = sides.prod(-1) / 64**2
+    assert 0.25 / 3 - 0.02 < area.min() and area.max() < 0.5 / 3 + 0.02
+
+
+def test_overlapping_boxes_cancel():
+    boxes = torch.tensor([[[0, 0, 4, 4], [2, 2, 6, 6], [2, 2, 4, 4]]])
+    mask = rasterise(boxes, 6)[0]
+    expected = torch.zeros(6, 6, dtype=torch.bool)
+    expected[:4, :4] ^= True
+    expected[2:6, 2:6] ^= True
+    expected[2:4, 2:4] ^= True
+    assert torch.equal(mask, expected)
+    assert mask[2, 2]  # three boxes: odd
+
+
+def test_masks_change_with_iteration_and_seed_and_not_with_processes(rt):
+    whole = xor_box_masks(8, 32, rt, seed=5, iteration=7)
+    halves = [xor_box_masks(4, 32, replace(rt, rank=rank, world=2), seed=5, iteration=7) for rank in (0, 1)]
+    assert torch.equal(whole, torch.cat(halves))
+    assert not torch.equal(whole, xor_box_masks(8, 32, rt, seed=5, iteration=8))
+    assert not torch.equal(whole, xor_box_masks(8, 32, rt, seed=6, iteration=7))
+
+
+def test_mix_takes_each_pixel_from_the_right_picture(rt):
+    mask = torch.tensor([[[True, False], [False, True]]])
+    inside, outside = torch.ones(1, 3, 2, 2), torch.zeros(1, 3, 2, 2)
+    assert torch.equal(mix(mask, inside, outside), mask[:, None].float().expand(1, 3, 2, 2))
+    assert mix(mask, inside[:, 0], outside[:, 0]).tolist() == [[[1, 0], [0, 1]]]

@@ -1,0 +1,85 @@
+"""The network against torchvision and against hand-computed sizes."""
+
+import pytest
+import torch
+from torchvision import models
+
+from common.deeplabv3plus import DeepLabV3Plus, ResNetBackbone, parameter_groups
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [("resnet18", 64, 512), ("resnet50", 256, 2048)])
+def test_parameter_count_is_torchvisions_backbone_plus_the_head(name: str, low: int, high: int):
+    classes = 21
+    backbone = count(getattr(models, name)(weights=None)) - (high * 1000 + 1000)  # without the classifier
+    aspp = (
+        high * 256 + 3 * high * 256 * 9 + high * 256 + 5 * 256 * 256 + 6 * 2 * 256
+    )  # branches, pooling, projection, BatchNorms
+    decoder = low * 48 + 2 * 48 + 304 * 256 * 9 + 2 * 256 + 256 * 256 * 9 + 2 * 256
+    assert count(DeepLabV3Plus(name, classes)) == backbone + aspp + decoder + 256 * classes + classes
+
+
+@pytest.mark.parametrize("output_stride", [8, 16])
+def test_dilated_resnet50_computes_what_torchvisions_does(output_stride: int):
+    torch.manual_seed(0)
+    ours = ResNetBackbone("resnet50", "none", output_stride).eval()
+    theirs = models.resnet50(replace_stride_with_dilation=[False, output_stride == 8, True]).eval()
+    names = {"stem.0": "conv1", "stem.1": "bn1"}
+    state = {next((new + key[len(old) :] for old, new in names.items() if key.startswith(old)), key): value
+             for key, value in ours.state_dict().items()}  # fmt: skip
+    assert theirs.load_state_dict(state, strict=False).missing_keys == ["fc.weight", "fc.bias"]
+    images = torch.randn(1, 3, 65, 65)
+    with torch.no_grad():
+        stem = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images))))
+        expected = theirs.layer4(theirs.layer3(theirs.layer2(theirs.layer1(stem))))
+        torch.testing.assert_close(ours(images)[2], expected)
+
+
+@pytest.mark.parametrize("name", ["tiny", "resnet18", "resnet50"])
+@pytest.mark.parametrize("output_stride", [8, 16, 32])
+def test_output_stride_and_head_resolution(name: str, output_stride: int):
+    network = DeepLabV3Plus(name, 5, output_stride=output_stride).eval()
+    with torch.no_grad():
+        low, _, high = network.backbone(torch.zeros(1, 3, 96, 64))
+        logits, features = network(torch.zeros(1, 3, 96, 64), return_features=True)
+        odd = network(torch.zeros(1, 3, 65, 97))
+    assert low.shape[2:] == (24, 16)
+    assert high.shape[2:] == (96 // output_stride, 64 // output_stride)
+    assert logits.shape == (1, 5, 24, 16)
+    assert features.shape == (1, network.feature_channels, 24, 16)
+    assert odd.shape == (1, 5, 17, 25)
+
+
+def test_a_basic_block_network_dilates_every_3x3_after_the_first_block():
+    backbone = ResNetBackbone("resnet18", "none", 8)
+    rates = [[conv.dilation[0] for conv in (block.conv1, block.conv2)] for block in (*backbone.layer3, *backbone.layer4)]
+    assert rates == [[1, 1], [2, 2], [2, 2], [4, 4]]
+
+
+def test_weights_from_a_file_and_from_a_wrong_file(tmp_path):
+    net = models.resnet18(weights=None)
+    torch.save(net.state_dict(), tmp_path / "r18.pt")
+    network = DeepLabV3Plus("resnet18", 3, str(tmp_path / "r18.pt"))
+    torch.testing.assert_close(network.backbone.layer4[1].conv2.weight, net.layer4[1].conv2.weight)
+    with pytest.raises(Exception, match=r"r18\.pt"):
+        DeepLabV3Plus("resnet50", 3, str(tmp_path / "r18.pt"))
+
+
+def test_parameter_groups_hold_each_parameter_once():
+    network = DeepLabV3Plus("tiny", 6)
+    groups = parameter_groups(network, 0.1, 10, 1e-4, decay_norm=False)
+    held = [parameter for group in groups for parameter in group["params"]]
+    assert sorted(map(id, held)) == sorted(map(id, network.parameters()))
+    rates = {id(parameter): (group["lr"], group["weight_decay"]) for group in groups for parameter in group["params"]}
+    assert rates[id(network.backbone.stem[0][0].weight)] == (0.1, 1e-4)
+    assert rates[id(network.backbone.stem[0][1].weight)] == (0.1, 0.0)
+    assert rates[id(network.classifier.weight)] == (1.0, 1e-4)
+    assert rates[id(network.classifier.bias)] == (1.0, 0.0)
+
+
+def test_one_picture_cannot_train():
+    with pytest.raises(ValueError, match="more than 1 value"):
+        DeepLabV3Plus("tiny", 6).train()(torch.zeros(1, 3, 64, 64))

@@ -1,0 +1,75 @@
+"""IoU by hand, absent classes, ignored pixels, sliding windows."""
+
+import math
+
+import torch
+
+from common.evaluate import evaluate, predict, probabilities, scores, starts, update
+
+
+def confusion(target: list, prediction: list, classes: int) -> torch.Tensor:
+    matrix = torch.zeros(classes, classes, dtype=torch.int64)
+    update(matrix, torch.tensor(target, dtype=torch.uint8), torch.tensor(prediction, dtype=torch.uint8))
+    return matrix
+
+
+def test_iou_by_hand():
+    matrix = confusion([[0, 0], [1, 255]], [[0, 1], [1, 1]], 3)
+    assert matrix.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
+    result = scores(matrix)
+    assert result.iou[:2].tolist() == [0.5, 0.5]
+    assert math.isnan(result.iou[2])  # in neither prediction nor target: left out of the mean
+    assert result.miou == 0.5
+    assert result.accuracy == 2 / 3
+
+
+def test_a_class_that_is_only_predicted_counts_as_zero():
+    assert scores(confusion([[0, 0]], [[0, 2]], 3)).miou == (0.5 + 0) / 2
+
+
+def test_label_254_does_not_wrap_around():
+    matrix = confusion([[253, 0]], [[253, 253]], 254)
+    assert matrix[253, 253] == 1 and matrix[0, 253] == 1 and matrix.sum() == 2
+
+
+def test_windows_cover_everything_with_overlap():
+    for length in (5, 9, 10, 11, 64, 100, 1024, 2048):
+        for window in (9, 64, 769):
+            edges = starts(length, window)
+            covered = {pixel for left in edges for pixel in range(left, min(left + window, length))}
+            assert covered == set(range(length))
+            assert all(right - left <= math.ceil(window * 2 / 3) for left, right in zip(edges, edges[1:]))
+            assert edges[-1] == max(0, length - window)
+
+
+class Pointwise(torch.nn.Module):
+    """Logits that depend on nothing but the pixel: windows and whole pictures must then agree."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([images[:, :1], -images[:, :1], images[:, 1:2]], dim=1)
+
+
+def test_sliding_window_agrees_with_the_whole_picture_for_a_pointwise_network():
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 40, 56)
+    whole = probabilities(Pointwise(), images)
+    summed = probabilities(Pointwise(), images, window=24)
+    torch.testing.assert_close(summed / summed.sum(1, keepdim=True), whole)
+    assert torch.equal(predict(Pointwise(), images, 24), whole.argmax(1))
+    assert torch.equal(predict(Pointwise(), images).long(), whole.argmax(1))
+
+
+def test_average_is_of_probabilities_and_modes_come_back(rt):
+    class Constant(torch.nn.Module):
+        def __init__(self, probs: list[float]):
+            super().__init__()
+            self.logits = torch.tensor(probs).log().view(1, -1, 1, 1)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.logits.expand(len(images), -1, 4, 4)
+
+    first, second = Constant([0.55, 0.45]).train(), Constant([0.2, 0.8]).eval()
+    batch = {"image": torch.zeros(1, 16, 16, 3, dtype=torch.uint8), "target": torch.ones(1, 16, 16, dtype=torch.uint8)}
+    results = evaluate({"a": first, "b": second}, [batch], 2, rt, average=True)
+    assert [results[name].accuracy for name in ("a", "b", "average")] == [0.0, 1.0, 1.0]
+    assert first.training and not second.training
