@@ -1,0 +1,265 @@
+"""The scripts as a user runs them: trained, killed, resumed, stopped, evaluated, misused."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run, write_mask, write_picture
+from PIL import Image
+
+import cps
+
+SHORT = ("--max-iters", "12", "--eval-iters", "6", "--log-interval", "2", "--save-interval", "3", "-b", "2")
+ON_FILES = ("--backbone", "tiny", "--weights", "none", "-b", "2", "--crop-size", "32", "--max-iters", "2", "-j", "1")
+LAST_LINE = re.compile(r"^miou_last=\d+\.\d\d miou_best=\d+\.\d\d$")
+
+
+def weights(run_folder: Path) -> dict:
+    return torch.load(run_folder / "last.pt", weights_only=True)["networks"]
+
+
+def same(first: dict, second: dict) -> bool:
+    return all(torch.equal(value, second[name][key]) for name in first for key, value in first[name].items())
+
+
+def start(*command: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-u", *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(process: subprocess.Popen, text: str) -> str:
+    """Read the output up to a line that holds `text`."""
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if text in line:
+            return seen
+    raise AssertionError(f"ended without {text!r}:\n{seen}")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """An uninterrupted short CPS run."""
+    folder = tmp_path_factory.mktemp("runs") / "cps"
+    result = run("cps.py", *SHORT, "--output-dir", folder)
+    (folder / "stdout.txt").write_text(result.stdout)
+    return folder
+
+
+def test_a_run_leaves_what_is_promised(finished):
+    out = (finished / "stdout.txt").read_text()
+    assert LAST_LINE.match(out.splitlines()[-1])
+    for text in ("every 8th of 128 sorted names: 16 labelled, 112 unlabelled", "network 2", "average", "triangle", "figures"):
+        assert text in out
+    left = {path.name for path in finished.iterdir()}
+    assert left >= {"args.json", "log.txt", "metrics.csv", "last.pt", "best.pt", "figures"}
+    assert any(name.startswith("events.out.tfevents") for name in left)
+    for name in ("curves.png", "predictions.png"):
+        assert Image.open(finished / "figures" / name).width > 500
+    described = json.loads((finished / "args.json").read_text())
+    assert described["versions"]["torch"] == torch.__version__ and len(described["labelled_list_sha1"]) == 40
+    assert set(torch.load(finished / "best.pt", weights_only=True)) == {"schema", "iteration", "args", "networks"}
+
+
+def test_metrics_have_one_row_a_log_line_and_evaluation(finished):
+    rows = [line.split(",") for line in (finished / "metrics.csv").read_text().splitlines()]
+    columns = dict(zip(rows[0], zip(*rows[1:])))
+    assert columns["iteration"] == ("2", "4", "6", "6", "8", "10", "12", "12")
+    assert [cell != "" for cell in columns["miou"]] == [False, False, False, True, False, False, False, True]
+    total = [float(a) + float(b) for a, b in zip(columns["loss_sup"], columns["loss_unsup"]) if a]
+    assert total == pytest.approx([float(cell) for cell in columns["loss"] if cell], rel=1e-4)
+
+
+@pytest.mark.parametrize("script", ["cps.py", "supervised.py"])
+def test_killed_and_resumed_ends_with_the_same_weights(script: str, finished, tmp_path):
+    if script != "cps.py":
+        finished = tmp_path / "whole"
+        run(script, *SHORT, "--output-dir", finished)
+    process = start(script, *SHORT, "--output-dir", tmp_path / "killed")
+    wait_for(process, "iter      8/12")
+    process.kill()
+    process.wait()
+    assert torch.load(tmp_path / "killed" / "last.pt", weights_only=True)["iteration"] == 6
+    result = run(script, "--resume", tmp_path / "killed")
+    assert "resumed at iteration 6" in result.stdout
+    assert same(weights(finished), weights(tmp_path / "killed"))
+    names = ("iteration", "loss", "miou")
+    tables = []
+    for folder in (finished, tmp_path / "killed"):
+        rows = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
+        tables.append([[row[rows[0].index(name)] for name in names] for row in rows])
+    assert tables[0] == tables[1]
+
+
+def test_workers_do_not_change_the_result(finished, tmp_path):
+    run("cps.py", *SHORT, "-j", "2", "--output-dir", tmp_path / "workers")
+    assert same(weights(finished), weights(tmp_path / "workers"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_signals_save_and_the_run_goes_on(number: int, code: int, finished, tmp_path):
+    process = start("cps.py", *SHORT, "-j", "1", "--output-dir", tmp_path / "run")
+    wait_for(process, "iter      4/12")
+    process.send_signal(number)
+    rest = process.stdout.read()
+    assert process.wait() == code, rest
+    assert "Traceback" not in rest and f"--resume {tmp_path / 'run'}" in rest
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["iteration"] >= 4
+    run("cps.py", "--resume", tmp_path / "run")
+    assert same(weights(finished), weights(tmp_path / "run"))
+
+
+def test_a_run_folder_is_never_overwritten(finished):
+    before = (finished / "last.pt").read_bytes()
+    result = run("cps.py", *SHORT, "--output-dir", finished, expect=2)
+    assert "holds a run already" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert (finished / "last.pt").read_bytes() == before
+
+
+def test_two_processes_cannot_write_one_run(tmp_path):
+    process = start("supervised.py", "--max-iters", "100000", "--log-interval", "2", "--output-dir", tmp_path / "run")
+    wait_for(process, "iter ")
+    result = run("supervised.py", "--resume", tmp_path / "run", expect=2)
+    assert "another process is writing" in result.stderr
+    process.kill()
+    process.wait()
+
+
+def test_resume_refuses_other_settings_and_takes_missing_ones(finished):
+    result = run("cps.py", "--resume", finished, "--lr", "0.5", expect=2)
+    assert "lr=0.1" in result.stderr
+    again = run("cps.py", "--resume", finished)
+    assert "resumed at iteration 12" in again.stdout and LAST_LINE.match(again.stdout.splitlines()[-1])
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_again(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "young")
+    (tmp_path / "young" / "last.pt").unlink()
+    result = run("cps.py", "--resume", tmp_path / "young")
+    assert "no checkpoint in the run folder yet" in result.stdout
+    assert same(weights(finished), weights(tmp_path / "young"))
+
+
+def test_eval_only_repeats_the_table_and_changes_nothing(finished):
+    before = (finished / "metrics.csv").read_text()
+    result = run("cps.py", "--eval-only", "--resume", finished)
+    table = (finished / "stdout.txt").read_text().split("IoU %")[1].split("figures")[0]
+    assert result.stdout.split("IoU %")[1].split("figures")[0] == table
+    assert (finished / "metrics.csv").read_text() == before
+
+
+def test_predict_writes_masks_and_overlays_of_the_pictures_size(finished, tmp_path):
+    write_picture(tmp_path / "pictures" / "one.jpg", (90, 70))
+    write_picture(tmp_path / "pictures" / "two.png", (64, 64))
+    result = run("-m", "common.predict", finished, tmp_path / "pictures", "--output", tmp_path / "out")
+    assert "2 pictures predicted" in result.stdout
+    mask = Image.open(tmp_path / "out" / "masks" / "one.png")
+    assert mask.mode == "P" and mask.size == (90, 70) and np.asarray(mask).max() < 6
+    assert mask.getpalette()[3:6] == [220, 60, 60]
+    assert Image.open(tmp_path / "out" / "overlays" / "one.png").size == (90, 70)
+    (tmp_path / "pictures" / "bad.png").write_text("no picture")
+    result = run("-m", "common.predict", finished, tmp_path / "pictures", "--output", tmp_path / "again", expect=2)
+    assert "bad.png" in result.stderr and len(list((tmp_path / "again" / "masks").iterdir())) == 2
+
+
+def test_predict_errors(finished, tmp_path):
+    for arguments, message in (
+        ((tmp_path, tmp_path), "no run in"),
+        ((finished, tmp_path / "nowhere"), "no file or folder"),
+        ((finished, tmp_path), "no .png, .jpg or .jpeg"),
+        ((finished, ROOT, "--network", "teacher"), "not 'teacher'"),
+    ):
+        result = run("-m", "common.predict", *arguments, expect=2)
+        assert message in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--split", "3/4"), "--split 3/4"),
+        (("--data", "voc", "--data-dir", "nowhere"), "no folder nowhere"),
+        (("--data", "folder"), "needs --data-dir"),
+        (("--backbone", "resnet18", "--weights", "nowhere.pt"), "no such file"),
+        (("--weights", "imagenet"), "tiny has no pretrained weights"),
+        (("--crop-size", "8"), "at least 32"),
+        (("--scale", "huge"), "--scale huge"),
+        (("-b", "1"), "at least 2 pictures"),
+        (("--device", "toaster"), "--device toaster"),
+        (("--kernels", "triton"), "no Triton kernel yet"),
+        (("--split", "all"), "use supervised.py"),
+        (("--resume", "nowhere"), "no run in nowhere"),
+        (("--output-dir", "/proc/run"), "cannot write to the run folder"),
+        (("--max-iters", "0"), "not at least 1"),
+    ],
+)
+def test_bad_flags_end_with_one_clear_line(flags: tuple, message: str, tmp_path):
+    output = () if "--output-dir" in flags or "--resume" in flags else ("--output-dir", tmp_path / "run")
+    result = run("cps.py", *SHORT, *output, *flags, expect=2)
+    assert message in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_bad_mask_met_while_training_is_named(own_folder, tmp_path, workers: str):
+    write_mask(own_folder / "masks/labelled/labelled1.png", 3, extra=(77,))
+    result = run(
+        "supervised.py", "--data", "folder", "--data-dir", own_folder, "--backbone", "tiny", "--weights", "none", *SHORT,
+        "--crop-size", "32", "-j", workers, "--output-dir", tmp_path / "out", expect=2,
+    )  # fmt: skip
+    assert re.search(r"labelled1\.png: labels 77 in the mask; 0 to 2 and 255", result.stderr.splitlines()[-1])
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_checkpoint_untouched(tmp_path):
+    result = run("supervised.py", *SHORT, "--lr", "1e30", "--output-dir", tmp_path / "run", expect=1)
+    assert re.search(r"the loss is (nan|inf) at iteration \d+; its pictures: shape\d+", result.stderr)
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+@pytest.mark.parametrize(("data", "split"), [("camvid", "1/4"), ("cityscapes", "1/16"), ("folder", "1/2")])
+def test_cps_trains_on_every_data_set(data: str, split: str, request, tmp_path):
+    fixture = {"camvid": "camvid_tree", "cityscapes": "cityscapes_tree", "folder": "own_folder"}[data]
+    result = run("cps.py", *ON_FILES, "--data", data, "--data-dir", request.getfixturevalue(fixture), "--split", split,
+                 "--output-dir", tmp_path / "out")  # fmt: skip
+    assert LAST_LINE.match(result.stdout.splitlines()[-1])
+
+
+def test_cps_trains_on_voc(voc_tree, tmp_path, capsys, monkeypatch):
+    """In this process, where the fixture has cut the lists down."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    cps.main(cps.parse_args([*ON_FILES, "--data", "voc", "--data-dir", str(voc_tree), "--output-dir", str(tmp_path / "out")]))
+    out = capsys.readouterr().out
+    assert "4 labelled, 6 unlabelled" in out and "tvmonitor" in out and LAST_LINE.match(out.splitlines()[-1])
+
+
+def test_two_processes_under_torchrun_train_save_and_resume(tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511")
+    run(*torchrun, "cps.py", *SHORT, "--output-dir", tmp_path / "whole", OMP_NUM_THREADS="1")
+    process = start(*torchrun, "cps.py", *SHORT, "--output-dir", tmp_path / "killed")
+    wait_for(process, "iter      8/12")
+    process.kill()
+    subprocess.run(["pkill", "-9", "-f", str(tmp_path / "killed")], check=False)
+    time.sleep(1)
+    result = run(*torchrun, "cps.py", *SHORT, "--resume", tmp_path / "killed", OMP_NUM_THREADS="1")
+    assert result.stdout.count("miou_last=") == 1
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    assert len(torch.load(tmp_path / "whole" / "last.pt", weights_only=True)["rng"]) == 2
+
+
+def test_a_restart_by_torchrun_resumes_by_itself(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    result = run("cps.py", *SHORT, "--output-dir", tmp_path / "run", TORCHELASTIC_RESTART_COUNT="1")
+    assert "resumed at iteration 12" in result.stdout
+
+
+def test_bfloat16_runs(tmp_path):
+    result = run("supervised.py", *SHORT, "--amp", "bf16", "--output-dir", tmp_path / "bf16")
+    assert LAST_LINE.match(result.stdout.splitlines()[-1])
