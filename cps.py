@@ -3,21 +3,21 @@
 Two networks, alike but for their initialisation, teach each other: the hard labels of one are the targets of the other.
 
 1. Take labelled pictures x_l and two independent unlabelled batches u0, u1.
-2. Supervise both networks:   L_s = CE(f1(x_l), y) + CE(f2(x_l), y)                                            [Eq. 2]
+2. Supervise both networks:   L_s = CE(f1(x_l), y) + CE(f2(x_l), y)                                       [section 3]
 3. Draw a mask m a picture: three boxes, each a quarter to half of the picture before scaling by 1/3, XOR-ed.
 4. Each network labels the unmixed pictures; the labels are mixed like the pictures:
        x_m = m·u1 + (1-m)·u0,   ŷ_k = m·argmax f_k(u1) + (1-m)·argmax f_k(u0)        (no gradient)
-5. Cross supervision:         L_cps = CE(f1(x_m), ŷ2) + CE(f2(x_m), ŷ1)                                     [Eqs. 3, 4]
+5. Cross supervision:         L_cps = CE(f1(x_m), ŷ2) + CE(f2(x_m), ŷ1)                                    [section 3]
        --no-cutmix: on the labelled and the unlabelled pictures, with labels from the same forward pass
-       --soft (CPC): mean over pixels of |p1 - p2|², each network in turn the fixed target              [section 4.4]
-6. L = L_s + λ·L_cps                                                                                           [Eq. 1]
+       --soft (CPC): mean over pixels of |p1 - p2|², each network in turn the fixed target                [section 4]
+6. L = L_s + λ·L_cps                                                                                      [section 3]
 7. SGD step for both. Network 1 is the result; network 2 and the mean of their probabilities are reported beside it.
 
-| symbol | variable            | symbol | variable           | symbol | variable         |
-|--------|---------------------|--------|--------------------|--------|------------------|
-| x_l, y | images_l, target_l  | u0, u1 | images_u           | m      | mask             |
-| f1, f2 | networks            | x_m    | images_m           | ŷ1, ŷ2 | pseudo_1, pseudo_2 |
-| L_s    | loss_sup            | L_cps  | loss_unsup         | λ      | args.cps_weight  |
+| symbol | variable           | symbol | variable   | symbol | variable           |
+|--------|--------------------|--------|------------|--------|--------------------|
+| x_l, y | images_l, target_l | u0, u1 | images_u   | m      | mask               |
+| f1, f2 | f1, f2             | x_m    | images_m   | ŷ1, ŷ2 | pseudo_1, pseudo_2 |
+| L_s    | loss_sup           | L_cps  | loss_unsup | λ      | args.cps_weight    |
 
 `overlap` (Fig. 7) is the share of pixels on which the networks agree, among those where either sees an object.
 
@@ -53,54 +53,19 @@ from kernels import pseudo_label
 # The release divides the gradient by the number of processes twice, so its lr 0.0025 x 4 GPUs with decay 1e-4 (voc) and 0.02
 # on 8 GPUs with 1e-4 (cityscapes) are lr 0.0025 with 4e-4 and 8e-4 in one process. shapes, camvid, folder: our own choice.
 # cps_weight: λ with CutMix and without it.
+# fmt: off
 PRESETS = {
-    "shapes": {
-        "max_iters": 1000,
-        "batch_size": 8,
-        "lr": 0.1,
-        "weight_decay": 1e-4,
-        "crop_size": 64,
-        "cps_weight": (1.0, 1.5),
-    },
-    "camvid": {
-        "epochs": 300,
-        "batch_size": 8,
-        "lr": 0.01,
-        "weight_decay": 4e-4,
-        "crop_size": 320,
-        "cps_weight": (1.0, 1.5),
-    },
-    "voc": {
-        "epochs": {"1/16": 32, "1/8": 34, "1/4": 40, "1/2": 60},
-        "max_iters": 39_000,
-        "batch_size": 8,
-        "lr": 0.0025,
-        "weight_decay": 4e-4,
-        "crop_size": 512,
-        "cps_weight": (1.0, 1.5),
-    },
-    "cityscapes": {
-        "epochs": {"1/16": 128, "1/8": 137, "1/4": 160, "1/2": 240},
-        "max_iters": 44_500,
-        "batch_size": 8,
-        "lr": 0.0025,
-        "weight_decay": 8e-4,
-        "crop_size": 800,
-        "ohem": (0.7, 50_000),
-        "cps_weight": (5.0, 6.0),
-    },
-    "folder": {
-        "epochs": 60,
-        "batch_size": 8,
-        "lr": 0.0025,
-        "weight_decay": 4e-4,
-        "crop_size": 512,
-        "cps_weight": (1.0, 1.5),
-    },
+    "shapes": {"max_iters": 1000, "lr": 0.1, "weight_decay": 1e-4, "crop_size": 64, "cps_weight": (1.0, 1.5)},
+    "camvid": {"epochs": 300, "lr": 0.01, "weight_decay": 4e-4, "crop_size": 320, "cps_weight": (1.0, 1.5)},
+    "voc": {"epochs": {"1/16": 32, "1/8": 34, "1/4": 40, "1/2": 60}, "max_iters": 39_000,  # max_iters: every other split
+            "lr": 0.0025, "weight_decay": 4e-4, "crop_size": 512, "cps_weight": (1.0, 1.5)},
+    "cityscapes": {"epochs": {"1/16": 128, "1/8": 137, "1/4": 160, "1/2": 240}, "max_iters": 44_500,
+                   "lr": 0.0025, "weight_decay": 8e-4, "crop_size": 800, "cps_weight": (5.0, 6.0), "ohem": (0.7, 50_000)},
+    "folder": {"epochs": 60, "lr": 0.0025, "weight_decay": 4e-4, "crop_size": 512, "cps_weight": (1.0, 1.5)},
 }
-for preset in PRESETS.values():
-    preset.update(head_lr_mult=1.0, decay_norm=False, scale="0.5,0.75,1,1.5,1.75,2")
-    preset.setdefault("ohem", None)
+# fmt: on
+EVERYWHERE = {"batch_size": 8, "head_lr_mult": 1.0, "decay_norm": False, "scale": "0.5,0.75,1,1.5,1.75,2", "ohem": None}
+PRESETS = {name: {**EVERYWHERE, **preset} for name, preset in PRESETS.items()}
 MEASURES, EVALUATIONS = ("loss_sup", "loss_unsup", "overlap"), ("pseudo_accuracy",)
 
 
@@ -135,7 +100,7 @@ def build_networks(args: argparse.Namespace, data: datasets.DataSource, rt: runt
 def load_batches(
     args: argparse.Namespace, data: datasets.DataSource, rt: runtime.Runtime, start: int, stop: int
 ) -> Iterator[tuple[dict, ...]]:
-    """The batches of iterations `start` to `stop`: labelled, unlabelled and, for CutMix, a second, independent unlabelled one."""
+    """The batches of iterations `start` to `stop`: labelled, unlabelled and, for CutMix, an independent second one."""
     unlabelled = [
         train_loader(data, data.unlabelled, stream, args, rt, start, stop) for stream in ((1, 2) if args.cutmix else (1,))
     ]
@@ -171,7 +136,7 @@ def cross_supervision(logits: Tensor, targets: Tensor, valid_mask: Tensor, rt: r
         impl: passed to the kernel.
 
     Returns:
-        A scalar. Source: Eqs. (3) and (4), arXiv:2106.01226.
+        A scalar. Source: section 3, arXiv:2106.01226.
     """
     if targets.ndim == 3:
         return mean_cross_entropy(logits, targets.masked_fill(~valid_mask, IGNORE), rt, impl)

@@ -5,10 +5,10 @@
 3. L_s = mean over valid pixels of CE(f(x_l), y)          (on Cityscapes over the hard pixels: OHEM)
 4. SGD with momentum 0.9 and the poly learning rate lr · (1 - it/total)^0.9.
 
-| symbol | variable |            | symbol | variable |
-|--------|----------|            |--------|----------|
-| x_l    | images_l |            | y      | target_l |
-| f      | networks["model"] |   | L_s    | loss     |
+| symbol | variable          | symbol | variable |
+|--------|-------------------|--------|----------|
+| x_l    | images_l          | y      | target_l |
+| f      | networks["model"] | L_s    | loss     |
 
 An epoch is one pass over the UNLABELLED pictures, as in the semi-supervised scripts, so that the same split trains for the
 same number of iterations and the comparison is fair; `--split all` counts passes over the labelled ones.
@@ -33,31 +33,19 @@ from common.losses import labelled_loss
 from common.report import Report
 
 # The schedules are those of cps.py, whose baseline this is; sources there.
+# fmt: off
 PRESETS = {
-    "shapes": {"max_iters": 1000, "batch_size": 8, "lr": 0.1, "weight_decay": 1e-4, "crop_size": 64},
-    "camvid": {"epochs": 300, "batch_size": 8, "lr": 0.01, "weight_decay": 4e-4, "crop_size": 320},
-    "voc": {
-        "epochs": {"1/16": 32, "1/8": 34, "1/4": 40, "1/2": 60},
-        "max_iters": 39_000,
-        "batch_size": 8,
-        "lr": 0.0025,
-        "weight_decay": 4e-4,
-        "crop_size": 512,
-    },
-    "cityscapes": {
-        "epochs": {"1/16": 128, "1/8": 137, "1/4": 160, "1/2": 240},
-        "max_iters": 44_500,
-        "batch_size": 8,
-        "lr": 0.0025,
-        "weight_decay": 8e-4,
-        "crop_size": 800,
-        "ohem": (0.7, 50_000),
-    },
-    "folder": {"epochs": 60, "batch_size": 8, "lr": 0.0025, "weight_decay": 4e-4, "crop_size": 512},
+    "shapes": {"max_iters": 1000, "lr": 0.1, "weight_decay": 1e-4, "crop_size": 64},
+    "camvid": {"epochs": 300, "lr": 0.01, "weight_decay": 4e-4, "crop_size": 320},
+    "voc": {"epochs": {"1/16": 32, "1/8": 34, "1/4": 40, "1/2": 60}, "max_iters": 39_000,  # max_iters: every other split
+            "lr": 0.0025, "weight_decay": 4e-4, "crop_size": 512},
+    "cityscapes": {"epochs": {"1/16": 128, "1/8": 137, "1/4": 160, "1/2": 240}, "max_iters": 44_500,
+                   "lr": 0.0025, "weight_decay": 8e-4, "crop_size": 800, "ohem": (0.7, 50_000)},
+    "folder": {"epochs": 60, "lr": 0.0025, "weight_decay": 4e-4, "crop_size": 512},
 }
-for preset in PRESETS.values():
-    preset.update(head_lr_mult=1.0, decay_norm=False, scale="0.5,0.75,1,1.5,1.75,2")
-    preset.setdefault("ohem", None)
+# fmt: on
+EVERYWHERE = {"batch_size": 8, "head_lr_mult": 1.0, "decay_norm": False, "scale": "0.5,0.75,1,1.5,1.75,2", "ohem": None}
+PRESETS = {name: {**EVERYWHERE, **preset} for name, preset in PRESETS.items()}
 MEASURES, EVALUATIONS = (), ()
 
 

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -77,9 +79,9 @@ def scale_rule(text: str) -> ScaleRule:
 
 @dataclass(frozen=True)
 class Window:
-    """A crop of the scaled picture: `box` (left, top, right, bottom) in source pixels becomes `size` (width, height) pixels."""
+    """A crop of the scaled picture: `box` (left, top, right, bottom) in source pixels becomes `size` (width, height)."""
 
-    box: tuple[float, float, float, float]
+    box: tuple[int, int, int, int]
     size: tuple[int, int]
     flip: bool
 
@@ -88,7 +90,8 @@ class Window:
 class WeakAugment:
     """Random scale, a square crop at a random place, a horizontal flip with chance 0.5.
 
-    A scaled picture smaller than the crop stays whole; the loader pads it at the right and the bottom.
+    A scaled picture smaller than the crop stays whole; the loader pads it at the right and the bottom. Boxes are whole source
+    pixels, so the scale is exact to half a pixel over the crop.
     """
 
     crop: int
@@ -99,21 +102,35 @@ class WeakAugment:
         factor = self.scale(width, height)
         scaled = max(1, round(width * factor)), max(1, round(height * factor))
         size = min(self.crop, scaled[0]), min(self.crop, scaled[1])
-        left, top = (int(torch.randint(whole - part + 1, ())) for whole, part in zip(scaled, size))
-        x, y = width / scaled[0], height / scaled[1]  # source pixels per scaled pixel
-        box = (left * x, top * y, min(width, (left + size[0]) * x), min(height, (top + size[1]) * y))
-        return Window(box, size, flip=uniform(0, 1) < 0.5)
+        span = round(size[0] * width / scaled[0]), round(size[1] * height / scaled[1])  # source pixels under the crop
+        left, top = (int(torch.randint(whole - part + 1, ())) for whole, part in zip((width, height), span))
+        if factor <= 0.5:  # JPEGs are then decoded at half size: keep picture and mask on the same grid
+            left, top = left // 2 * 2, top // 2 * 2
+        return Window((left, top, left + span[0], top + span[1]), size, flip=uniform(0, 1) < 0.5)
 
 
-def cut(picture: Image.Image, window: Window, resample: Image.Resampling) -> Image.Image:
-    """The window of a PIL picture, resized and flipped."""
-    whole = all(float(edge).is_integer() for edge in window.box)
-    box = tuple(int(edge) for edge in window.box) if whole else window.box
-    if whole and (box[2] - box[0], box[3] - box[1]) == window.size:
-        picture = picture.crop(box)
+def cut(picture: Image.Image | Tensor, window: Window, mode: str) -> Tensor:
+    """The window of a picture, resized and flipped.
+
+    Args:
+        picture: RGB or grey, of PIL, or pixels (H,W,3) uint8.
+        window: what to cut.
+        mode: "bilinear" (antialiased; torch's uint8 kernel takes a third of PIL's time for the same result) or
+            "nearest-exact", for masks.
+
+    Returns:
+        (height,width,3) or (height,width) uint8.
+    """
+    left, top, right, bottom = window.box
+    if isinstance(picture, Tensor):
+        pixels = picture[top:bottom, left:right]
     else:
-        picture = picture.resize(window.size, resample, box=window.box)
-    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if window.flip else picture
+        pixels = torch.from_numpy(np.array(picture.crop(window.box)))
+    if tuple(pixels.shape[1::-1]) != window.size:
+        planes = pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels[None]
+        planes = F.interpolate(planes[None], size=window.size[::-1], mode=mode, antialias=mode == "bilinear")[0]
+        pixels = planes.permute(1, 2, 0) if pixels.ndim == 3 else planes[0]
+    return pixels.flip(1) if window.flip else pixels
 
 
 @lru_cache

@@ -61,7 +61,8 @@ DATA_DEFAULTS = {
 }
 # Settings that may differ when a run is resumed; all others decide its result.
 FREE_ON_RESUME = {
-    "resume", "output_dir", "device", "workers", "debug", "eval_only", "log_interval", "save_interval", "kernels", "data_dir", "download",
+    "resume", "output_dir", "device", "workers", "debug", "eval_only", "log_interval", "save_interval", "kernels",
+    "data_dir", "download",
 }  # fmt: skip
 
 
@@ -73,10 +74,17 @@ def positive(text: str) -> int:
     return value
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """The shared flags; a script adds its own and calls `finish`."""
+def parser(doc: str) -> argparse.ArgumentParser:
+    """The shared flags; a script gives its docstring, adds its own flags and calls `finish`.
+
+    The docstring's first paragraph and its last, the commands, frame the help; the algorithm between them is for the source.
+    """
+    description, *_, commands = doc.strip("\n").split("\n\n")
     top = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=description,
+        epilog=f"examples:\n{commands}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
 
     group = top.add_argument_group("data")

@@ -347,7 +347,7 @@ def cityscapes(args: argparse.Namespace) -> DataSource:
 
 
 def folder(args: argparse.Namespace) -> DataSource:
-    """The user's own pictures: `classes.txt`, `images/{labelled,unlabelled,val}`, `masks/{labelled,val}` (indexed or grey PNG)."""
+    """The user's own: `classes.txt`, `images/{labelled,unlabelled,val}`, `masks/{labelled,val}` (indexed or grey PNG)."""
     layout = "it holds classes.txt, images/labelled, images/unlabelled, images/val, masks/labelled and masks/val"
     if not args.data_dir:
         raise InputError(f"--data folder needs --data-dir: {layout}")

@@ -124,6 +124,8 @@ class Report:
             f"{self.schedule}, batch {args.batch_size} x {self.rt.world}, crop {args.crop_size}, lr {args.lr}, "
             f"seed {args.seed}, {self.rt.device}; run folder {self.folder}"
         )
+        if args.eval_only:
+            return
         rows = [
             row
             for row in self.rows()
@@ -137,8 +139,6 @@ class Report:
             writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
-        if args.eval_only:
-            return
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import: only when a run begins
 
         self.board = SummaryWriter(str(self.folder), purge_step=start + 1 if start else None)

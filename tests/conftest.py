@@ -96,7 +96,7 @@ def voc_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def cityscapes_tree(tmp_path: Path) -> Path:
-    """Ten training pictures of aachen, half of them of the list 1/16, two for validation, three of train_extra; labelIds masks."""
+    """The 186 pictures of the list 1/16, five unlabelled, two for validation, three of train_extra; labelIds masks."""
     from common import datasets
 
     names = (datasets.SPLITS / "cityscapes" / "1-16.txt").read_text().split()

@@ -13,7 +13,7 @@ from PIL import Image
 
 from common import InputError, datasets, shapes
 from common.augment import HalfOrDouble, LongSide, ScaleFrom, WeakAugment, Window, normalise, scale_rule
-from common.data import EvalSet, Key, StreamSampler, TrainSet, crop_sample, eval_loader, open_mask, to_rgb, train_loader
+from common.data import EvalSet, Key, StreamSampler, TrainSet, crop_sample, decode, eval_loader, open_mask, to_rgb, train_loader
 
 # ------------------------------------------------------------------------------------------------------------ data sets
 
@@ -233,6 +233,16 @@ def test_truncated_picture_is_named(tmp_path):
         to_rgb(Image.open(tmp_path / "cut.jpg"), tmp_path / "cut.jpg")
 
 
+def test_png_pictures_decode_as_with_pil(tmp_path):
+    write_picture(tmp_path / "p.png", (61, 47))
+    pixels = decode(Image.open(tmp_path / "p.png"), tmp_path / "p.png")
+    assert isinstance(pixels, torch.Tensor)
+    assert np.array_equal(pixels, np.asarray(Image.open(tmp_path / "p.png")))
+    (tmp_path / "cut.png").write_bytes((tmp_path / "p.png").read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"cut\.png: cannot be decoded"):
+        decode(Image.open(tmp_path / "cut.png"), tmp_path / "cut.png")
+
+
 def test_grey_cmyk_palette_and_16_bit_pictures_become_rgb(tmp_path):
     grey = np.linspace(0, 255, 64 * 48).reshape(48, 64).astype(np.uint8)
     for mode in ("L", "CMYK", "P", "LA", "RGBA"):
@@ -262,11 +272,12 @@ def test_a_window_is_the_crop_of_the_resized_picture(factor: float, seed: int):
     window = WeakAugment(96, ScaleFrom((factor,))).draw(160, 120)
     sample = crop_sample(picture, mask, window, 96)
     width, height = window.size
-    left, top = round(window.box[0] * factor), round(window.box[1] * factor)
-    whole = picture.resize((round(160 * factor), round(120 * factor)), Image.Resampling.BILINEAR)
-    expected = np.asarray(whole)[top : top + height, left : left + width].astype(int)
+    expected = np.asarray(picture.resize(window.size, Image.Resampling.BILINEAR, box=window.box)).astype(int)
     expected = expected[:, ::-1] if window.flip else expected
-    assert abs(sample["image"][:height, :width].numpy().astype(int) - expected).max() <= 1
+    inner = np.s_[2 : height - 2, 2 : width - 2]  # at the border PIL also sees the pixels outside the box
+    assert abs(sample["image"][:height, :width].numpy().astype(int) - expected)[inner].max() <= 1
+    for side, span in zip(window.size, (window.box[2] - window.box[0], window.box[3] - window.box[1])):
+        assert abs(side / factor - span) <= 1  # whole source pixels
     red = sample["image"][:height, :width, 0].float()
     label = sample["target"][:height, :width].float()
     assert (red / 8 - 0.5 - label).abs().max() <= 0.5 + 1 / 8 / min(factor, 1)  # the mask moved with the picture
@@ -276,7 +287,7 @@ def test_a_window_is_the_crop_of_the_resized_picture(factor: float, seed: int):
 
 def test_half_size_jpegs_are_decoded_at_half_size(tmp_path):
     write_picture(tmp_path / "p.jpg", (320, 240))
-    window = Window((64.0, 32.0, 256.0, 224.0), (96, 96), flip=False)
+    window = Window((64, 32, 256, 224), (96, 96), flip=False)
     picture = Image.open(tmp_path / "p.jpg")
     sample = crop_sample(picture, None, window, 96)
     assert picture.size == (160, 120)

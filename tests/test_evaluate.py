@@ -1,6 +1,7 @@
 """IoU by hand, absent classes, ignored pixels, sliding windows."""
 
 import math
+from itertools import pairwise
 
 import torch
 
@@ -38,7 +39,7 @@ def test_windows_cover_everything_with_overlap():
             edges = starts(length, window)
             covered = {pixel for left in edges for pixel in range(left, min(left + window, length))}
             assert covered == set(range(length))
-            assert all(right - left <= math.ceil(window * 2 / 3) for left, right in zip(edges, edges[1:]))
+            assert all(right - left <= math.ceil(window * 2 / 3) for left, right in pairwise(edges))
             assert edges[-1] == max(0, length - window)
 
 
