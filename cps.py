@@ -39,14 +39,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import checkpoint, cli, datasets, runtime
+from common import checkpoint, cli, runtime
 from common.augment import IGNORE, normalise
 from common.cutmix import mix, xor_box_masks
-from common.data import eval_loader, train_loader
+from common.data import eval_loader, load_data, train_loader
+from common.datasets import DataSource
 from common.deeplabv3plus import DeepLabV3Plus, parameter_groups
 from common.evaluate import Scores, evaluate
 from common.losses import labelled_loss, mean_cross_entropy
 from common.report import Report
+from common.runtime import Runtime
 from kernels import pseudo_label
 
 # voc, cityscapes: the released configurations. Epochs pass over the unlabelled pictures: about 39 000 and 44 500 iterations.
@@ -89,7 +91,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def build_networks(args: argparse.Namespace, data: datasets.DataSource, rt: runtime.Runtime) -> dict[str, nn.Module]:
+def build_networks(args: argparse.Namespace, data: DataSource, rt: Runtime) -> dict[str, nn.Module]:
     """Two networks, initialised one after the other and so differently; network 1 is the result."""
     first, second = (
         DeepLabV3Plus(args.backbone, data.num_classes, args.weights, args.output_stride, args.dropout) for _ in range(2)
@@ -97,9 +99,7 @@ def build_networks(args: argparse.Namespace, data: datasets.DataSource, rt: runt
     return {"model_1": rt.place(first), "model_2": rt.place(second)}
 
 
-def load_batches(
-    args: argparse.Namespace, data: datasets.DataSource, rt: runtime.Runtime, start: int, stop: int
-) -> Iterator[tuple[dict, ...]]:
+def load_batches(args: argparse.Namespace, data: DataSource, rt: Runtime, start: int, stop: int) -> Iterator[tuple[dict, ...]]:
     """The batches of iterations `start` to `stop`: labelled, unlabelled and, for CutMix, an independent second one."""
     unlabelled = [
         train_loader(data, data.unlabelled, stream, args, rt, start, stop) for stream in ((1, 2) if args.cutmix else (1,))
@@ -125,7 +125,7 @@ def targets_from(logits: Tensor, size: tuple[int, int], soft: bool, impl: str = 
     return pseudo_label(logits, size, impl=impl).label
 
 
-def cross_supervision(logits: Tensor, targets: Tensor, valid_mask: Tensor, rt: runtime.Runtime, impl: str = "auto") -> Tensor:
+def cross_supervision(logits: Tensor, targets: Tensor, valid_mask: Tensor, rt: Runtime, impl: str = "auto") -> Tensor:
     """One direction of L_cps: the mean over valid pixels of CE(p, ŷ), or of |p - p'|² where the targets are probabilities.
 
     Args:
@@ -164,8 +164,8 @@ def train_step(
     batches: list[dict],
     iteration: int,
     args: argparse.Namespace,
-    data: datasets.DataSource,
-    rt: runtime.Runtime,
+    data: DataSource,
+    rt: Runtime,
 ) -> dict[str, Tensor]:
     """One iteration; returns what to log, scalars on the device."""
     f1, f2 = networks["model_1"], networks["model_2"]
@@ -215,8 +215,8 @@ def train_step(
 def score(
     networks: dict[str, nn.Module],
     args: argparse.Namespace,
-    data: datasets.DataSource,
-    rt: runtime.Runtime,
+    data: DataSource,
+    rt: Runtime,
     final: bool,
 ) -> tuple[dict[str, Scores], dict[str, float]]:
     """Evaluate: network 1 first, at the end also network 2 and their average; the accuracy of network 1's pseudo-labels."""
@@ -246,7 +246,7 @@ def score(
 def main(args: argparse.Namespace) -> None:
     """Data -> networks -> optimiser -> resume -> loop -> evaluate -> save. These lines are the same in every script."""
     rt = runtime.start(args)
-    data = datasets.load(args)
+    data = load_data(args)
     schedule = cli.Schedule(args, len(data.unlabelled) or len(data.labelled), rt.world)
     report = Report(args, data, rt, schedule, MEASURES, EVALUATIONS)
 

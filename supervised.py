@@ -24,13 +24,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common import checkpoint, cli, datasets, runtime
+from common import checkpoint, cli, runtime
 from common.augment import normalise
-from common.data import eval_loader, train_loader
+from common.data import eval_loader, load_data, train_loader
+from common.datasets import DataSource
 from common.deeplabv3plus import DeepLabV3Plus, parameter_groups
 from common.evaluate import Scores, evaluate
 from common.losses import labelled_loss
 from common.report import Report
+from common.runtime import Runtime
 
 # The schedules are those of cps.py, whose baseline this is; sources there.
 # fmt: off
@@ -54,15 +56,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return cli.finish(cli.parser(__doc__), PRESETS, "supervised", argv)
 
 
-def build_networks(args: argparse.Namespace, data: datasets.DataSource, rt: runtime.Runtime) -> dict[str, nn.Module]:
+def build_networks(args: argparse.Namespace, data: DataSource, rt: Runtime) -> dict[str, nn.Module]:
     """The networks of a run by name; the first is the result."""
     network = DeepLabV3Plus(args.backbone, data.num_classes, args.weights, args.output_stride, args.dropout)
     return {"model": rt.place(network)}
 
 
-def load_batches(
-    args: argparse.Namespace, data: datasets.DataSource, rt: runtime.Runtime, start: int, stop: int
-) -> Iterator[tuple[dict, ...]]:
+def load_batches(args: argparse.Namespace, data: DataSource, rt: Runtime, start: int, stop: int) -> Iterator[tuple[dict, ...]]:
     """The batches of iterations `start` to `stop`, labelled first."""
     return zip(train_loader(data, data.labelled, 0, args, rt, start, stop))
 
@@ -73,8 +73,8 @@ def train_step(
     batches: list[dict],
     iteration: int,
     args: argparse.Namespace,
-    data: datasets.DataSource,
-    rt: runtime.Runtime,
+    data: DataSource,
+    rt: Runtime,
 ) -> dict[str, Tensor]:
     """One iteration; returns what to log, scalars on the device."""
     # 1. Labelled pictures, normalised on the device.
@@ -96,8 +96,8 @@ def train_step(
 def score(
     networks: dict[str, nn.Module],
     args: argparse.Namespace,
-    data: datasets.DataSource,
-    rt: runtime.Runtime,
+    data: DataSource,
+    rt: Runtime,
     final: bool,
 ) -> tuple[dict[str, Scores], dict[str, float]]:
     """Evaluate: results by network, the method's result first, and further measures."""
@@ -108,7 +108,7 @@ def score(
 def main(args: argparse.Namespace) -> None:
     """Data -> networks -> optimiser -> resume -> loop -> evaluate -> save. These lines are the same in every script."""
     rt = runtime.start(args)
-    data = datasets.load(args)
+    data = load_data(args)
     schedule = cli.Schedule(args, len(data.unlabelled) or len(data.labelled), rt.world)
     report = Report(args, data, rt, schedule, MEASURES, EVALUATIONS)
 

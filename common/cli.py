@@ -182,7 +182,8 @@ def finish(
         int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and default_run(args, presets, method).is_dir()
     ):
         run = Path(args.resume) if args.resume else default_run(args, presets, method)
-        run = run.parent if run.suffix == ".pt" else run
+        if run.suffix == ".pt":
+            top.error(f"--resume {run}: give the run's folder, {run.parent}; it goes on from the last.pt there")
         try:
             saved = checkpoint.read_description(run)["args"]
         except InputError as error:

@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.io import ImageReadMode, decode_png, read_file
 
-from common import InputError, shapes
+from common import InputError, datasets, shapes
 from common.augment import IGNORE, IMAGENET_MEAN, IMAGENET_STD, ScaleFrom, WeakAugment, Window, cut, scale_rule
 from common.datasets import DataSource, Item
 from common.runtime import derive_seed, ignore_interrupts
@@ -136,6 +136,21 @@ def read(item: Item, data: DataSource, table: np.ndarray) -> tuple[Image.Image, 
         return Image.fromarray(pixels), None if item.mask is None else Image.fromarray(target)
     picture = open_picture(item.image)
     return picture, None if item.mask is None else open_mask(item.mask, picture.size, table, data.num_classes)
+
+
+def load_data(args: argparse.Namespace) -> DataSource:
+    """The data set of `args.data`, with the checks of `datasets.load` and a look at some of its pictures and masks.
+
+    Raises:
+        InputError: what `datasets.load` and `read` raise, or a crop that no random scale can fill.
+    """
+    data = datasets.load(args)
+    for items in (data.labelled, data.val):  # a wrong mask of the validation set would otherwise show after an epoch
+        for item in items[:: max(1, len(items) // 16)]:
+            picture, _ = read(item, data, np.array(data.label_map, np.uint8))
+    if args.crop_size > 2 * max(picture.size):
+        raise InputError(f"--crop-size {args.crop_size} is more than twice the pictures' {picture.width}x{picture.height}")
+    return data
 
 
 class TrainSet(Dataset):

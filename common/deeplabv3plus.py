@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import get_model, resnet
 
+from common import InputError
+
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 BACKBONES = ("tiny", *RESNETS)
 # Dilation rates of ASPP by output stride: the paper's 6/12/18 at stride 16, doubled at 8, halved at 32.
@@ -53,7 +55,10 @@ class ResNetBackbone(nn.Module):
 
     def __init__(self, name: str, weights: str, output_stride: int):
         super().__init__()
-        net = get_model(name, weights="IMAGENET1K_V1" if weights == "imagenet" else None)
+        try:
+            net = get_model(name, weights="IMAGENET1K_V1" if weights == "imagenet" else None)
+        except OSError as error:  # urllib's errors are of this kind
+            raise InputError(f"could not download {name}'s ImageNet weights ({error}); --weights PATH or none") from None
         if weights not in ("imagenet", "none"):
             load_backbone_file(net, Path(weights))
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
@@ -176,17 +181,20 @@ def load_backbone_file(net: nn.Module, path: Path) -> None:
     """Load a torchvision ResNet state dict from `path`; its classifier is ignored, anything else missing is an error.
 
     Raises:
-        ValueError: the file is not such a state dict; the message names the file and the first missing keys.
+        InputError: the file is not such a state dict; the message names the file and the first missing key.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever the bytes lead it to
+        raise InputError(f"{path}: not a file of weights ({type(error).__name__})") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     state = {key.removeprefix("module."): value for key, value in state.items() if not key.startswith("fc.")}
     try:
         missing = [key for key in net.load_state_dict(state, strict=False).missing_keys if not key.startswith("fc.")]
     except RuntimeError as error:
-        raise ValueError(f"{path}: weights of another network: {str(error).splitlines()[1].strip()}") from None
+        raise InputError(f"{path}: weights of another network: {str(error).splitlines()[1].strip()}") from None
     if missing:
-        raise ValueError(f"{path}: not the weights of this backbone: {len(missing)} tensors are missing, such as {missing[0]}")
+        raise InputError(f"{path}: not the weights of this backbone: {len(missing)} tensors are missing, such as {missing[0]}")
 
 
 def parameter_groups(

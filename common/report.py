@@ -8,7 +8,6 @@ import argparse
 import csv
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -218,13 +217,13 @@ class Report:
 
     def record(self, done: int, values: dict[str, float]) -> None:
         cuda = self.rt.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        peak = round(torch.cuda.max_memory_allocated() / 2**20) if cuda else resident_mb()
         row = {
             "iteration": done,
             "epoch": round(done / self.schedule.per_epoch, 3),
             **values,
             "seconds": round(self.elapsed(), 2),
-            "peak_memory_mb": round(peak),
+            "peak_memory_mb": peak,
         }
         if self.args.eval_only:
             return
@@ -263,6 +262,16 @@ class Report:
             self.board.close()
         last = next(iter(results.values())).miou
         self.say(f"miou_last={100 * last:.2f} miou_best={100 * max(self.best, last):.2f}")
+
+
+def resident_mb() -> float | str:
+    """The largest resident memory of this process so far in MiB; empty where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return ""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
 
 
 def lock(path: Path):

@@ -239,6 +239,8 @@ def launch(main: Callable[[argparse.Namespace], Runtime | None], args: argparse.
             (130 if interrupted else 0),
             f"stopped: {'Ctrl-C' if interrupted else 'SIGTERM'}; go on with --resume {args.output_dir}",
         )
+    except torch.OutOfMemoryError as error:
+        code, message = 1, f"stopped: {str(error).split('. ')[0]}; try a smaller -b or --crop-size, or --amp bf16"
     except KeyboardInterrupt:
         code, message = 130, f"stopped at once; go on from the last checkpoint with --resume {args.output_dir}"
     if message:

@@ -153,3 +153,14 @@ def test_mean_cross_entropy_counts_valid_pixels_only(rt):
     logits = logits_of([0.9, 0.2, 0.6, 0.5])
     target = torch.tensor([[[1, 255], [255, 0]]])
     assert mean_cross_entropy(logits, target, rt).item() == pytest.approx(-(math.log(0.9) + math.log(0.5)) / 2, rel=1e-6)
+
+
+def test_every_parameter_learns_in_bfloat16(rt):
+    """Autocast caches weights that it cast under no_grad without their graph; the step must not fall for it."""
+    rt.amp = torch.bfloat16
+    args = cps.parse_args(["--crop-size", "32", "-b", "4"])
+    data = datasets.load(settings())
+    networks = cps.build_networks(args, data, rt)
+    optimizer = torch.optim.SGD([p for network in networks.values() for p in network.parameters()], lr=0.0)
+    cps.train_step(networks, optimizer, list(next(cps.load_batches(args, data, rt, 0, 1))), 0, args, data, rt)
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for network in networks.values() for p in network.parameters())

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torchvision import models
 
+from common import InputError
 from common.deeplabv3plus import DeepLabV3Plus, ResNetBackbone, parameter_groups
 
 
@@ -64,8 +65,14 @@ def test_weights_from_a_file_and_from_a_wrong_file(tmp_path):
     torch.save(net.state_dict(), tmp_path / "r18.pt")
     network = DeepLabV3Plus("resnet18", 3, str(tmp_path / "r18.pt"))
     torch.testing.assert_close(network.backbone.layer4[1].conv2.weight, net.layer4[1].conv2.weight)
-    with pytest.raises(Exception, match=r"r18\.pt"):
+    with pytest.raises(InputError, match=r"r18\.pt: weights of another network"):
         DeepLabV3Plus("resnet50", 3, str(tmp_path / "r18.pt"))
+    torch.save({"epoch": torch.tensor(1)}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match=r"other\.pt: not the weights of this backbone"):
+        DeepLabV3Plus("resnet18", 3, str(tmp_path / "other.pt"))
+    (tmp_path / "text.pt").write_text("no weights")
+    with pytest.raises(InputError, match=r"text\.pt: not a file of weights"):
+        DeepLabV3Plus("resnet18", 3, str(tmp_path / "text.pt"))
 
 
 def test_parameter_groups_hold_each_parameter_once():

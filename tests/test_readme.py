@@ -1,0 +1,44 @@
+"""The README's commands are real."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT, run
+
+import cps
+import supervised
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+    if line
+]
+
+
+def test_the_first_two_commands_are_all_the_set_up():
+    assert COMMANDS[:2] == ["pip install -r requirements.txt && python cps.py", "python -m pytest -q"]
+    assert COMMANDS[1] in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if " cps.py" in command or " supervised.py" in command])
+def test_every_script_command_has_flags_that_exist(command: str):
+    words = shlex.split(command)
+    name = next(word for word in words if word.endswith(".py"))
+    arguments = words[words.index(name) + 1 :]
+    if "--help" in arguments or "--resume" in arguments:
+        return
+    {"cps.py": cps, "supervised.py": supervised}[name].parse_args(arguments)
+
+
+def test_module_commands_exist():
+    modules = {match for match in re.findall(r"python -m ([\w.]+)", README)} - {"pytest"}
+    for module in modules:
+        assert "usage" in run("-m", module, "--help").stdout
+
+
+def test_paths_in_the_readme_exist():
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / path).exists()
