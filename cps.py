@@ -57,7 +57,7 @@ from kernels import pseudo_label
 # cps_weight: λ with CutMix and without it.
 # fmt: off
 PRESETS = {
-    "shapes": {"max_iters": 1000, "lr": 0.1, "weight_decay": 1e-4, "crop_size": 64, "cps_weight": (1.0, 1.5)},
+    "shapes": {"max_iters": 1400, "lr": 0.1, "weight_decay": 1e-4, "crop_size": 64, "cps_weight": (1.0, 1.5)},
     "camvid": {"epochs": 300, "lr": 0.01, "weight_decay": 4e-4, "crop_size": 320, "cps_weight": (1.0, 1.5)},
     "voc": {"epochs": {"1/16": 32, "1/8": 34, "1/4": 40, "1/2": 60}, "max_iters": 39_000,  # max_iters: every other split
             "lr": 0.0025, "weight_decay": 4e-4, "crop_size": 512, "cps_weight": (1.0, 1.5)},

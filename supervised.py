@@ -37,7 +37,7 @@ from common.runtime import Runtime
 # The schedules are those of cps.py, whose baseline this is; sources there.
 # fmt: off
 PRESETS = {
-    "shapes": {"max_iters": 1000, "lr": 0.1, "weight_decay": 1e-4, "crop_size": 64},
+    "shapes": {"max_iters": 1400, "lr": 0.1, "weight_decay": 1e-4, "crop_size": 64},
     "camvid": {"epochs": 300, "lr": 0.01, "weight_decay": 4e-4, "crop_size": 320},
     "voc": {"epochs": {"1/16": 32, "1/8": 34, "1/4": 40, "1/2": 60}, "max_iters": 39_000,  # max_iters: every other split
             "lr": 0.0025, "weight_decay": 4e-4, "crop_size": 512},

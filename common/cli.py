@@ -23,7 +23,7 @@ DATA_DEFAULTS = {
         "weights": "none",
         "output_stride": 8,
         "eval_window": 0,
-        "eval_iters": 250,
+        "eval_iters": 200,
         "workers": 0,
     },
     "camvid": {
