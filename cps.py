@@ -246,7 +246,7 @@ def score(
 def main(args: argparse.Namespace) -> None:
     """Data -> networks -> optimiser -> resume -> loop -> evaluate -> save. These lines are the same in every script."""
     rt = runtime.start(args)
-    data = load_data(args)
+    data = load_data(args, rt)
     schedule = cli.Schedule(args, len(data.unlabelled) or len(data.labelled), rt.world)
     report = Report(args, data, rt, schedule, MEASURES, EVALUATIONS)
 

@@ -11,7 +11,7 @@
 | f      | networks["model"] | L_s    | loss     |
 
 An epoch is one pass over the UNLABELLED pictures, as in the semi-supervised scripts, so that the same split trains for the
-same number of iterations and the comparison is fair; `--split all` counts passes over the labelled ones.
+same number of iterations and the comparison is fair.
 
     python supervised.py                                      # built-in data, a CPU, under a minute
     python supervised.py --data voc --data-dir VOCdevkit --split 1/8
@@ -108,7 +108,7 @@ def score(
 def main(args: argparse.Namespace) -> None:
     """Data -> networks -> optimiser -> resume -> loop -> evaluate -> save. These lines are the same in every script."""
     rt = runtime.start(args)
-    data = load_data(args)
+    data = load_data(args, rt)
     schedule = cli.Schedule(args, len(data.unlabelled) or len(data.labelled), rt.world)
     report = Report(args, data, rt, schedule, MEASURES, EVALUATIONS)
 

@@ -68,10 +68,12 @@ def scale_rule(text: str) -> ScaleRule:
             return HalfOrDouble()
         if text.startswith("long:"):
             low, high = map(int, text[5:].split("-"))
-            return LongSide(low, high)
-        factors = tuple(float(part) for part in text.split(","))
-        if min(factors) > 0:
-            return ScaleFrom(factors)
+            if 0 < low <= high:
+                return LongSide(low, high)
+        else:
+            factors = tuple(float(part) for part in text.split(","))
+            if all(0.05 <= factor <= 20 for factor in factors):
+                return ScaleFrom(factors)
     except ValueError:
         pass
     raise InputError(f"--scale {text}: give factors such as 0.5,1,2, or long:200-800, or half-or-double")
@@ -102,7 +104,7 @@ class WeakAugment:
         factor = self.scale(width, height)
         scaled = max(1, round(width * factor)), max(1, round(height * factor))
         size = min(self.crop, scaled[0]), min(self.crop, scaled[1])
-        span = round(size[0] * width / scaled[0]), round(size[1] * height / scaled[1])  # source pixels under the crop
+        span = max(1, round(size[0] * width / scaled[0])), max(1, round(size[1] * height / scaled[1]))  # source pixels
         left, top = (int(torch.randint(whole - part + 1, ())) for whole, part in zip((width, height), span))
         if factor <= 0.5:  # JPEGs are then decoded at half size: keep picture and mask on the same grid
             left, top = left // 2 * 2, top // 2 * 2

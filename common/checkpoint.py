@@ -52,7 +52,9 @@ def set_random_state(state: dict) -> None:
 
 
 def write(content: dict, path: Path) -> None:
-    """Write `content` to `path` through a temporary file: the old file stays until the new one is safely on the disk.
+    """Write `content` to `path`, as JSON or by torch.save, through a temporary file.
+
+    The old file stays until the new one is safely on the disk.
 
     Raises:
         InputError: the disk is full or the folder cannot be written to; the old file is untouched.
@@ -60,13 +62,16 @@ def write(content: dict, path: Path) -> None:
     part = path.with_suffix(".part")
     try:
         with open(part, "wb") as file:
-            torch.save(content, file)
+            if path.suffix == ".json":
+                file.write((json.dumps(content, indent=1) + "\n").encode())
+            else:
+                torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error}; the checkpoint before it is untouched") from None
+        raise InputError(f"cannot write {path}: {error}; the file before it is untouched") from None
 
 
 def save(
@@ -84,11 +89,10 @@ def save(
     if rt.world > 1:
         rng = [None] * rt.world
         dist.all_gather_object(rng, random_state())
+    content = {name: state.state_dict() for name, state in states.items()}  # on all: the report adds its sums up
     if rt.is_main:
-        content = header(iteration, args, networks)
-        write({**content, "states": {name: state.state_dict() for name, state in states.items()}, "rng": rng}, path)
-    if rt.world > 1:
-        dist.barrier()
+        write({**header(iteration, args, networks), "states": content, "rng": rng}, path)
+    rt.barrier()
 
 
 def header(iteration: int, args: argparse.Namespace, networks: Mapping[str, nn.Module]) -> dict:
@@ -153,11 +157,13 @@ def resume(path: Path | None, args: argparse.Namespace, networks: Mapping[str, n
     """Put the state of `path` back and return the iterations done; for None or no file yet, 0 and fresh generators."""
     torch.manual_seed(derive_seed(args.seed, rt.rank, 0xD0))  # dropout differs between processes, initialisation did not
     if path is None or not path.is_file():
+        if args.eval_only:
+            raise InputError(f"--eval-only: no checkpoint {path}")
         return 0
     content = read(path)
     load_networks(content, networks, path)
     for name, state in states.items():
         state.load_state_dict(content["states"][name])
-    if len(content["rng"]) == rt.world:
+    if len(content["rng"]) == rt.world:  # else --eval-only, which draws nothing
         set_random_state(content["rng"][rt.rank])
     return content["iteration"]

@@ -15,7 +15,8 @@ from common import InputError, checkpoint
 from common.augment import scale_rule
 from common.deeplabv3plus import BACKBONES
 
-# What is decided by the data set and not by a paper. eval_window: 0 evaluates whole pictures.
+# What is decided by the data set and not by a paper. eval_window: 0 evaluates whole pictures, crop slides a window
+# of the crop's size.
 DATA_DEFAULTS = {
     "shapes": {
         "split": "1/8",
@@ -47,7 +48,7 @@ DATA_DEFAULTS = {
         "backbone": "resnet50",
         "weights": "imagenet",
         "output_stride": 16,
-        "eval_window": 800,
+        "eval_window": "crop",
         "eval_interval": 8,
     },
     "folder": {
@@ -178,36 +179,38 @@ def finish(
         The settings, all plain values, with `method`, `output_dir` and `resume` (True or False) set.
     """
     args = top.parse_args(argv)
-    if args.resume is not None or (
-        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and default_run(args, presets, method).is_dir()
-    ):
-        run = Path(args.resume) if args.resume else default_run(args, presets, method)
-        if run.suffix == ".pt":
-            top.error(f"--resume {run}: give the run's folder, {run.parent}; it goes on from the last.pt there")
-        try:
-            saved = checkpoint.read_description(run)["args"]
-        except InputError as error:
-            top.error(f"--resume: {error}")
-        top.set_defaults(
-            **{key: value for key, value in saved.items() if key not in ("resume", "eval_only", "debug", "output_dir")}
-        )
-        args = top.parse_args(argv)
-        clash = [
-            key
-            for key, value in saved.items()
-            if key not in FREE_ON_RESUME and hasattr(args, key) and getattr(args, key) != value
-        ]
-        if clash:
-            top.error(
-                f"{run} was started with "
-                + ", ".join(f"{key}={saved[key]}" for key in clash)
-                + "; resume without changing that"
-            )
-        args.output_dir, args.resume = str(run), True
+    run = Path(args.resume) if args.resume else default_run(args, presets, method)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and (run / "args.json").is_file()
+    if args.resume is not None or restarted:
+        args = resumed_args(top, run, method, argv)
     else:
-        args.output_dir, args.resume, args.method = str(default_run(args, presets, method)), False, method
+        if args.eval_only:
+            top.error("--eval-only needs --resume RUN, the run to evaluate")
+        args.output_dir, args.resume, args.method = str(run), False, method
     fill(args, presets)
     check(args, top)
+    return args
+
+
+def resumed_args(top: argparse.ArgumentParser, run: Path, method: str, argv: list[str] | None) -> argparse.Namespace:
+    """The settings of the run in folder `run`, with the flags of `argv` that may change."""
+    if run.suffix == ".pt":
+        top.error(f"--resume {run}: give the run's folder, {run.parent}; it goes on from the last.pt there")
+    try:
+        saved = checkpoint.read_description(run)["args"]
+    except InputError as error:
+        top.error(f"--resume: {error}")
+    if saved["method"].split("-")[0] != method.split("-")[0]:
+        top.error(f"{run} is a run of {saved['method']}; use its script")
+    kept = {key: value for key, value in saved.items() if key not in ("resume", "eval_only", "debug", "output_dir")}
+    top.set_defaults(**kept)
+    args = top.parse_args(argv)
+    if args.output_dir and Path(args.output_dir) != run:
+        top.error(f"--resume {run} goes on in that folder; leave --output-dir out")
+    clash = [f"{key}={value}" for key, value in kept.items() if key not in FREE_ON_RESUME and getattr(args, key) != value]
+    if clash:
+        top.error(f"{run} was started with {', '.join(clash)}; resume without changing that")
+    args.output_dir, args.resume = str(run), True
     return args
 
 
@@ -223,7 +226,7 @@ def default_run(args: argparse.Namespace, presets: dict[str, dict], method: str)
 def fill(args: argparse.Namespace, presets: dict[str, dict]) -> None:
     """Give every flag that is still None its preset."""
     preset = {**DATA_DEFAULTS[args.data], **presets[args.data]}
-    args.split = args.split or preset["split"]
+    args.split = args.labelled_list or args.split or preset["split"]
     if args.epochs is None and args.max_iters is None:
         epochs = preset.get("epochs")
         args.epochs = epochs.get(args.split) if isinstance(epochs, dict) else epochs
@@ -235,6 +238,8 @@ def fill(args: argparse.Namespace, presets: dict[str, dict]) -> None:
     for key, value in preset.items():
         if key not in ("epochs", "max_iters", "eval_interval", "eval_iters") and getattr(args, key, None) is None:
             setattr(args, key, value)
+    if args.eval_window == "crop":
+        args.eval_window = args.crop_size
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.workers is None:
@@ -253,12 +258,12 @@ def check(args: argparse.Namespace, top: argparse.ArgumentParser) -> None:
         top.error(f"--weights {args.weights}: no such file (imagenet, none or a path)")
     if args.crop_size < 32:
         top.error(f"--crop-size {args.crop_size}: at least 32 pixels")
-    if args.lr <= 0 or args.head_lr_mult <= 0:
-        top.error("--lr and --head-lr-mult must be above 0")
+    if not (0 < args.lr < math.inf and 0 < args.head_lr_mult < math.inf and 0 <= args.weight_decay < math.inf):
+        top.error("--lr and --head-lr-mult must be above 0, --weight-decay at least 0")
     if not 0 <= args.dropout < 1:
         top.error(f"--dropout {args.dropout}: from 0 to below 1")
-    if args.seed < 0 or args.workers < 0 or args.eval_window < 0:
-        top.error("--seed, --workers and --eval-window must not be negative")
+    if not 0 <= args.seed < 2**32 or args.workers < 0 or args.eval_window < 0:
+        top.error("--seed (below 2^32), --workers and --eval-window must not be negative")
     if args.kernels == "triton":
         top.error("--kernels triton: there is no Triton kernel yet; use auto or torch")
     try:

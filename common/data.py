@@ -24,7 +24,7 @@ from torchvision.io import ImageReadMode, decode_png, read_file
 from common import InputError, datasets, shapes
 from common.augment import IGNORE, IMAGENET_MEAN, IMAGENET_STD, ScaleFrom, WeakAugment, Window, cut, scale_rule
 from common.datasets import DataSource, Item
-from common.runtime import derive_seed, ignore_interrupts
+from common.runtime import Runtime, derive_seed, ignore_interrupts
 
 
 class Key(NamedTuple):
@@ -117,6 +117,8 @@ def open_mask(path: Path, size: tuple[int, int], table: np.ndarray, num_classes:
         raise InputError(f"{path}: the mask has {mask.width}x{mask.height} pixels, its picture {size[0]}x{size[1]}")
     if mask.mode not in ("P", "L", "1") and not mask.mode.startswith("I"):
         raise InputError(f"{path}: the mask is {mask.mode}; one value a pixel is expected (indexed or grey PNG), not colours")
+    if mask.tile and mask.tile[0].args in ("L;2", "L;4"):  # PIL would stretch these values to 0..255
+        raise InputError(f"{path}: the mask has fewer than 8 bits a pixel; save it as an indexed or an 8-bit grey PNG")
     try:
         values = np.asarray(mask)
     except (OSError, SyntaxError) as error:
@@ -138,18 +140,33 @@ def read(item: Item, data: DataSource, table: np.ndarray) -> tuple[Image.Image, 
     return picture, None if item.mask is None else open_mask(item.mask, picture.size, table, data.num_classes)
 
 
-def load_data(args: argparse.Namespace) -> DataSource:
+def load_data(args: argparse.Namespace, rt: Runtime) -> DataSource:
     """The data set of `args.data`, with the checks of `datasets.load` and a look at some of its pictures and masks.
 
     Raises:
-        InputError: what `datasets.load` and `read` raise, or a crop that no random scale can fill.
+        InputError: what `datasets.load` and `read` raise, masks of 0 and 255 alone, or a crop too large.
     """
+    if args.download and not rt.is_main:
+        rt.barrier()  # the first process fetches, the others find the files
     data = datasets.load(args)
-    for items in (data.labelled, data.val):  # a wrong mask of the validation set would otherwise show after an epoch
+    if args.download and rt.is_main:
+        rt.barrier()
+    table = np.array(data.label_map, np.uint8)
+    found, largest = set(), 0
+    for items in (data.labelled, data.val):  # a wrong validation mask would otherwise show after an epoch
         for item in items[:: max(1, len(items) // 16)]:
-            picture, _ = read(item, data, np.array(data.label_map, np.uint8))
-    if args.crop_size > 2 * max(picture.size):
-        raise InputError(f"--crop-size {args.crop_size} is more than twice the pictures' {picture.width}x{picture.height}")
+            picture, mask = read(item, data, table)
+            found |= set(np.unique(np.asarray(mask)).tolist())
+            largest = max(largest, *picture.size)
+    if found == {0, IGNORE}:
+        raise InputError(
+            f"{data.name}: the masks hold only 0 and 255; 255 means ignored, labels are 0 to {data.num_classes - 1}"
+        )
+    if args.crop_size > 2 * largest:
+        raise InputError(f"--crop-size {args.crop_size} is more than twice the pictures' longest side, {largest}")
+    files = [item.image for item in (*data.val, *data.audit) if isinstance(item.image, Path)]
+    if data.val_batch > 1 and len({open_picture(path).size for path in files}) > 1:
+        data = replace(data, val_batch=1)
     return data
 
 
@@ -167,7 +184,8 @@ class TrainSet(Dataset):
     def __getitem__(self, key: Key) -> dict:
         item = self.items[key.index]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(self.seed, self.stream, key.epoch, key.position))
+            # Not torch.manual_seed: that would reseed CUDA too, and dropout with it, when there are no workers.
+            torch.default_generator.manual_seed(derive_seed(self.seed, self.stream, key.epoch, key.position))
             picture, mask = read(item, self.data, self.table)
             window = self.augment.draw(*picture.size)
         path = item.image if isinstance(item.image, Path) else None

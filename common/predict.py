@@ -73,7 +73,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
 
-    device = torch.device(args.device)
+    try:
+        device = torch.empty(1, device=args.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     network, description = load_network(args.run, args.checkpoint, args.network, device)
     if not args.images.exists():
         raise InputError(f"no file or folder {args.images}")
@@ -81,8 +84,11 @@ def main(argv: list[str] | None = None) -> None:
     if not found:
         raise InputError(f"no .png, .jpg or .jpeg in {args.images}")
     output = args.output or args.run / "predictions"
-    for part in ("masks", "overlays"):
-        (output / part).mkdir(parents=True, exist_ok=True)
+    try:
+        for part in ("masks", "overlays"):
+            (output / part).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {output}: {error.strerror}") from None
 
     failed = []
     for name, path in found.items():

@@ -6,7 +6,6 @@ what else the script measures); cells that a row does not measure are empty.
 
 import argparse
 import csv
-import json
 import platform
 import subprocess
 import sys
@@ -72,16 +71,21 @@ class Report:
     # --------------------------------------------------------------------------------------------------- the run folder
 
     def open_folder(self) -> None:
-        if (self.folder / "args.json").exists() and not self.args.resume:
+        resumed = self.args.resume and checkpoint.read_description(self.folder)
+        if not resumed and ((self.folder / "last.pt").exists() or self.rows()):
             raise InputError(
                 f"{self.folder} holds a run already; go on with --resume {self.folder}, or choose another --output-dir"
             )
+        if resumed and resumed["labelled_list_sha1"] != self.data.list_hash:
+            raise InputError(f"{self.folder} was started with other labelled pictures ({resumed['protocol']})")
+        if resumed and resumed["processes"] != self.rt.world and not self.args.eval_only:
+            raise InputError(f"{self.folder} was started with {resumed['processes']} processes, not {self.rt.world}")
         try:
             (self.folder / "figures").mkdir(parents=True, exist_ok=True)
             self.lock = lock(self.folder / ".lock")
-            if not (self.folder / "args.json").exists():
-                (self.folder / "args.json").write_text(json.dumps(self.description(), indent=1) + "\n")
-            self.log = open(self.folder / "log.txt", "a", buffering=1)
+            if not resumed:
+                checkpoint.write(self.description(), self.folder / "args.json")
+            self.log = open(self.folder / "log.txt", "a" if resumed else "w", buffering=1)
         except OSError as error:
             raise InputError(f"cannot write to the run folder {self.folder}: {error.strerror or error}") from None
 
@@ -166,8 +170,9 @@ class Report:
             return list(csv.DictReader(file))
 
     def state_dict(self) -> dict:
-        """What a checkpoint keeps: the running sums and the best result."""
-        return {"sums": dict(self.sums), "counted": self.counted, "best": self.best, "seconds": self.elapsed()}
+        """What a checkpoint keeps: the running sums, averaged over processes, and the best result. Collective."""
+        sums = {name: self.rt.add_up(value) / self.rt.world for name, value in self.sums.items()}
+        return {"sums": sums, "counted": self.counted, "best": self.best, "seconds": self.elapsed()}
 
     def load_state_dict(self, state: dict) -> None:
         self.sums = {name: value.to(self.rt.device) for name, value in state["sums"].items()}

@@ -30,13 +30,17 @@ class NotFinite(Exception):
 
 
 def derive_seed(*numbers: int) -> int:
-    """A 63-bit seed from several numbers, well mixed (numpy's SeedSequence)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    """A 63-bit seed from several numbers, well mixed (numpy's SeedSequence, which by itself ignores trailing zeros)."""
+    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def ignore_interrupts(worker: int) -> None:
-    """A loader worker leaves Ctrl-C to the main process, which finishes its iteration and saves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A loader worker leaves Ctrl-C and SIGTERM to the main process, which finishes its iteration, saves and ends the workers.
+
+    Both reach workers too: a terminal, `timeout`, torchrun and SLURM signal the whole process group.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass
@@ -96,9 +100,10 @@ class Runtime:
         self.scaler.update()
 
     def to_device(self, batch: dict) -> dict:
-        """A batch with its tensors on the device; the copy runs beside the computation."""
+        """A batch with its tensors on the device; on CUDA the copy runs beside the computation."""
+        cuda = self.device.type == "cuda"
         return {
-            key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            key: value.to(self.device, non_blocking=cuda) if isinstance(value, Tensor) else value
             for key, value in batch.items()
         }
 
@@ -119,6 +124,11 @@ class Runtime:
         if self.world > 1:
             dist.all_reduce(count)
         return total * self.world / count.clamp_min(1)
+
+    def barrier(self) -> None:
+        """Wait for the other processes."""
+        if self.world > 1:
+            dist.barrier()
 
     def add_up(self, value: Tensor) -> Tensor:
         """Sum of `value` over all processes (a new tensor)."""
@@ -162,7 +172,7 @@ class Runtime:
         """
         self.settle()
         ready = torch.cuda.Event() if loss.is_cuda else None
-        value = loss.detach().to("cpu", non_blocking=True)
+        value = loss.detach().to("cpu", non_blocking=loss.is_cuda)
         if ready:
             ready.record()
         self.pending = (ready, value, iteration, names)
@@ -195,8 +205,14 @@ def start(args: argparse.Namespace) -> Runtime:
         if not torch.cuda.is_available():
             raise InputError(f"--device {args.device}: no CUDA device is visible; use --device cpu")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = not args.deterministic
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if args.deterministic:

@@ -71,7 +71,8 @@ def cross_entropy_reference(
     target = target.long()
     if class_weight is not None:
         class_weight = class_weight.to(logits.dtype)
-    if reduction == "sum" and pixel_weight is None:
+    # The summing kernel of CUDA has no deterministic version; the one without reduction has.
+    if reduction == "sum" and pixel_weight is None and not torch.are_deterministic_algorithms_enabled():
         return F.cross_entropy(logits, target, class_weight, ignore_index=ignore_index, reduction="sum")
     loss = F.cross_entropy(logits, target, class_weight, ignore_index=ignore_index, reduction="none")
     if pixel_weight is not None:

@@ -182,7 +182,7 @@ def test_unknown_split_lists_the_choices(voc_tree):
         datasets.load(settings(data="voc", data_dir=str(voc_tree), split="1/3"))
 
 
-def test_lists_with_strangers_validation_pictures_or_nothing(own_folder):
+def test_lists_with_strangers_or_nothing(own_folder):
     own = {"data": "folder", "data_dir": str(own_folder), "labelled_list": str(own_folder / "list.txt")}
     (own_folder / "list.txt").write_text("\n".join(f"x{index}" for index in range(7)))
     with pytest.raises(InputError, match="7 ids are no training pictures: x0, x1, x2, x3, x4 and 2 more"):
@@ -190,10 +190,6 @@ def test_lists_with_strangers_validation_pictures_or_nothing(own_folder):
     (own_folder / "list.txt").write_text("\n")
     with pytest.raises(InputError, match="labelled set is empty"):
         datasets.load(settings(**own))
-    shutil.copy(own_folder / "images/labelled/labelled0.jpg", own_folder / "images/val/labelled0.jpg")
-    write_mask(own_folder / "masks/val/labelled0.png", 3)
-    with pytest.raises(InputError, match="validation pictures, such as labelled0"):
-        datasets.load(settings(data="folder", data_dir=str(own_folder), split="all"))
 
 
 def test_missing_mask_and_ambiguous_name(own_folder):
