@@ -13,7 +13,19 @@ from PIL import Image
 
 from common import InputError, datasets, shapes
 from common.augment import HalfOrDouble, LongSide, ScaleFrom, WeakAugment, Window, normalise, scale_rule
-from common.data import EvalSet, Key, StreamSampler, TrainSet, crop_sample, decode, eval_loader, open_mask, to_rgb, train_loader
+from common.data import (
+    EvalSet,
+    Key,
+    StreamSampler,
+    TrainSet,
+    crop_sample,
+    decode,
+    eval_loader,
+    load_data,
+    open_mask,
+    to_rgb,
+    train_loader,
+)
 
 # ------------------------------------------------------------------------------------------------------------ data sets
 
@@ -222,6 +234,40 @@ def test_bad_masks_are_named_with_the_values_found(tmp_path):
         open_mask(tmp_path / "deep.png", (64, 48), table, 3)
 
 
+def test_masks_whose_values_pil_would_stretch_are_refused(tmp_path):
+    Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4) % 4).save(tmp_path / "m.png", bits=2)
+    table = np.arange(256, dtype=np.uint8)
+    if Image.open(tmp_path / "m.png").tile[0].args == "L;2":
+        with pytest.raises(InputError, match=r"m\.png: the mask has fewer than 8 bits"):
+            open_mask(tmp_path / "m.png", (4, 4), table, 4)
+    else:  # this Pillow wrote 8 bits
+        assert np.asarray(open_mask(tmp_path / "m.png", (4, 4), table, 4)).max() == 3
+
+
+def test_masks_of_0_and_255_alone_are_questioned(own_folder, rt):
+    for path in own_folder.glob("masks/*/*.png"):
+        Image.fromarray(np.array(Image.open(path)) // 2 * 255).save(path)
+    with pytest.raises(InputError, match="hold only 0 and 255"):
+        load_data(settings(data="folder", data_dir=str(own_folder), split="all"), rt)
+
+
+def test_pictures_of_several_sizes_are_evaluated_one_by_one(camvid_tree, rt):
+    args = settings(data="camvid", data_dir=str(camvid_tree), split="1/4")
+    assert load_data(args, rt).val_batch == 4
+    write_picture(camvid_tree / "val/v1.jpg", (32, 32))
+    write_mask(camvid_tree / "valannot/v1.png", 11, (32, 32))
+    data = load_data(args, rt)
+    assert [len(batch["name"]) for batch in eval_loader(data, data.val, args, rt)] == [1, 1]
+
+
+def test_ids_may_hold_dots_and_lists_must_be_text(tmp_path):
+    (tmp_path / "list.txt").write_text("a.v1\nb c\nx/d.v2.jpg y/d.v2.png\nleftImg8bit/ulm/e_leftImg8bit.png gtFine/e.png\n")
+    assert datasets.read_list(tmp_path / "list.txt") == ["a.v1", "b c", "d.v2", "e"]
+    (tmp_path / "list.txt").write_bytes(bytes(range(128, 256)))
+    with pytest.raises(InputError, match="not a text file"):
+        datasets.read_list(tmp_path / "list.txt")
+
+
 def test_truncated_picture_is_named(tmp_path):
     write_picture(tmp_path / "whole.jpg", (640, 480))
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:4000])
@@ -309,7 +355,7 @@ def test_scale_rules():
     factors = torch.tensor([HalfOrDouble()(1, 1) for _ in range(2000)])
     assert abs((factors < 1).float().mean() - 0.5) < 0.05 and 0.5 <= factors.min() and factors.max() <= 2
     assert isinstance(scale_rule("long:1-2"), LongSide)
-    for bad in ("big", "0", "long:5", "1,-2"):
+    for bad in ("big", "0", "long:5", "long:800-200", "500", "1,-2"):
         with pytest.raises(InputError, match="--scale"):
             scale_rule(bad)
 

@@ -13,6 +13,8 @@ from conftest import settings
 import cps
 import supervised
 from common import InputError, checkpoint, cli, datasets, runtime
+from common.augment import ScaleFrom, WeakAugment
+from common.data import Key, TrainSet
 from common.evaluate import evaluate
 
 
@@ -81,6 +83,24 @@ def test_the_scripts_main_is_the_same_line_for_line():
 
 def test_cps_stays_short_enough_to_read():
     assert len(open(cps.__file__).read().splitlines()) <= 350
+
+
+def test_the_window_is_the_crop_and_a_users_list_has_no_published_schedule():
+    args = cps.parse_args(["--data", "cityscapes", "--crop-size", "512"])
+    assert args.eval_window == 512
+    args = cps.parse_args(["--data", "voc", "--labelled-list", "my92.txt"])
+    assert (args.split, args.epochs, args.max_iters) == ("my92.txt", None, 39_000)
+    assert args.output_dir == "runs/cps-voc-my92-seed0"
+
+
+def test_seeds_of_different_lengths_differ():
+    assert runtime.derive_seed(0, 1, 5) != runtime.derive_seed(0, 1, 5, 0)
+
+
+def test_sampling_leaves_other_devices_generators_alone(monkeypatch):
+    data = datasets.load(settings())
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("reseeded CUDA"))
+    TrainSet(data, data.labelled, WeakAugment(32, ScaleFrom((1.0,))), 0, 0)[Key(0, 0, 0)]
 
 
 def test_presets_are_complete():

@@ -1,6 +1,7 @@
 """The scripts as a user runs them: trained, killed, resumed, stopped, evaluated, misused."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -32,8 +33,9 @@ def same(first: dict, second: dict) -> bool:
 
 def start(*command: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-u", *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        [sys.executable, "-u", *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
 
 
 def wait_for(process: subprocess.Popen, text: str) -> str:
@@ -109,7 +111,7 @@ def test_workers_do_not_change_the_result(finished, tmp_path):
 def test_signals_save_and_the_run_goes_on(number: int, code: int, finished, tmp_path):
     process = start("cps.py", *SHORT, "-j", "1", "--output-dir", tmp_path / "run")
     wait_for(process, "iter      4/12")
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # the group: loader workers get it too, as from a terminal or a scheduler
     rest = process.stdout.read()
     assert process.wait() == code, rest
     assert "Traceback" not in rest and f"--resume {tmp_path / 'run'}" in rest
@@ -149,6 +151,36 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(finished, tmp_
     assert same(weights(finished), weights(tmp_path / "young"))
 
 
+def test_a_run_is_resumed_with_its_own_script_pictures_and_folder(finished, own_folder, tmp_path):
+    result = run("supervised.py", "--resume", finished, expect=2)
+    assert "is a run of cps; use its script" in result.stderr
+    result = run("cps.py", "--resume", finished / "best.pt", expect=2)
+    assert "give the run's folder" in result.stderr
+    result = run("cps.py", "--resume", finished, "--output-dir", tmp_path / "other", expect=2)
+    assert "leave --output-dir out" in result.stderr
+    (tmp_path / "list.txt").write_text("labelled0\nlabelled1\n")
+    command = (
+        "supervised.py",
+        *ON_FILES,
+        "--data",
+        "folder",
+        "--data-dir",
+        own_folder,
+        "--labelled-list",
+        tmp_path / "list.txt",
+    )
+    run(*command, "--output-dir", tmp_path / "run")
+    (tmp_path / "list.txt").write_text("labelled2\nlabelled3\n")
+    result = run("supervised.py", "--resume", tmp_path / "run", expect=2)
+    assert "was started with other labelled pictures" in result.stderr
+
+
+def test_a_run_that_failed_at_its_start_does_not_occupy_its_folder(tmp_path):
+    result = run("cps.py", *SHORT, "--split", "all", "--output-dir", tmp_path / "run", expect=2)
+    assert "use supervised.py" in result.stderr
+    run("cps.py", *SHORT, "--split", "1/8", "--output-dir", tmp_path / "run")
+
+
 def test_eval_only_repeats_the_table_and_changes_nothing(finished):
     before = (finished / "metrics.csv").read_text()
     result = run("cps.py", "--eval-only", "--resume", finished)
@@ -177,6 +209,7 @@ def test_predict_errors(finished, tmp_path):
         ((finished, tmp_path / "nowhere"), "no file or folder"),
         ((finished, tmp_path), "no .png, .jpg or .jpeg"),
         ((finished, ROOT, "--network", "teacher"), "not 'teacher'"),
+        ((finished, ROOT, "--device", "toaster"), "--device toaster"),
     ):
         result = run("-m", "common.predict", *arguments, expect=2)
         assert message in result.stderr and len(result.stderr.splitlines()) == 1
@@ -199,6 +232,11 @@ def test_predict_errors(finished, tmp_path):
         (("--resume", "nowhere"), "no run in nowhere"),
         (("--output-dir", "/proc/run"), "cannot write to the run folder"),
         (("--max-iters", "0"), "not at least 1"),
+        (("--lr", "nan"), "--lr and --head-lr-mult must be above 0"),
+        (("--seed", "99999999999"), "--seed (below 2^32)"),
+        (("--device", "mps"), "--device mps"),
+        (("--crop-size", "200"), "more than twice the pictures' longest side, 64"),
+        (("--eval-only",), "--eval-only needs --resume RUN"),
     ],
 )
 def test_bad_flags_end_with_one_clear_line(flags: tuple, message: str, tmp_path):
@@ -240,18 +278,33 @@ def test_cps_trains_on_voc(voc_tree, tmp_path, capsys, monkeypatch):
     assert "4 labelled, 6 unlabelled" in out and "tvmonitor" in out and LAST_LINE.match(out.splitlines()[-1])
 
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
 def test_two_processes_under_torchrun_train_save_and_resume(tmp_path):
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511")
-    run(*torchrun, "cps.py", *SHORT, "--output-dir", tmp_path / "whole", OMP_NUM_THREADS="1")
-    process = start(*torchrun, "cps.py", *SHORT, "--output-dir", tmp_path / "killed")
+    run(*TORCHRUN, "cps.py", *SHORT, "--output-dir", tmp_path / "whole")
+    process = start(*TORCHRUN, "cps.py", *SHORT, "--output-dir", tmp_path / "killed")
     wait_for(process, "iter      8/12")
-    process.kill()
-    subprocess.run(["pkill", "-9", "-f", str(tmp_path / "killed")], check=False)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
     time.sleep(1)
-    result = run(*torchrun, "cps.py", *SHORT, "--resume", tmp_path / "killed", OMP_NUM_THREADS="1")
+    result = run(*TORCHRUN, "cps.py", *SHORT, "--resume", tmp_path / "killed")
     assert result.stdout.count("miou_last=") == 1
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
     assert len(torch.load(tmp_path / "whole" / "last.pt", weights_only=True)["rng"]) == 2
+    result = run("cps.py", "--resume", tmp_path / "whole", expect=2)
+    assert "was started with 2 processes, not 1" in result.stderr
+
+
+def test_sigterm_to_torchrun_with_loader_workers_saves(tmp_path):
+    process = start(*TORCHRUN, "supervised.py", "--max-iters", "5000", "--log-interval", "2", "-b", "2", "-j", "1",
+                    "--output-dir", tmp_path / "run")  # fmt: skip
+    wait_for(process, "iter     10/5000")
+    process.send_signal(signal.SIGTERM)
+    rest = process.stdout.read()
+    process.wait()
+    assert "stopped: SIGTERM" in rest
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["iteration"] >= 10
 
 
 def test_a_restart_by_torchrun_resumes_by_itself(finished, tmp_path):
