@@ -7,6 +7,7 @@ what else the script measures); cells that a row does not measure are empty.
 import argparse
 import csv
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -50,21 +51,10 @@ class Report:
     ):
         self.args, self.data, self.rt, self.schedule = args, data, rt, schedule
         self.folder = Path(args.output_dir)
-        self.columns = [
-            "iteration",
-            "epoch",
-            "lr",
-            "loss",
-            *measures,
-            "miou",
-            *evaluations,
-            "seconds",
-            "peak_memory_mb",
-        ]
+        self.columns = ["iteration", "epoch", "lr", "loss", *measures, "miou", *evaluations, "seconds", "peak_memory_mb"]
         self.sums: dict[str, Tensor] = {}
         self.counted, self.best, self.seconds, self.clock = 0, -1.0, 0.0, None
-        self.bar = self.log = self.board = None
-        self.lock = None
+        self.bar = self.log = self.board = self.lock = None
         if rt.is_main:
             self.open_folder()
 
@@ -91,7 +81,10 @@ class Report:
 
     def description(self) -> dict:
         """args.json: the settings and what else a result depends on."""
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        here, commit = Path(__file__).parent, None
+        if shutil.which("git"):
+            command = ["git", "rev-parse", "HEAD"]
+            commit = subprocess.run(command, capture_output=True, text=True, cwd=here).stdout.strip() or None
         return {
             "args": vars(self.args),
             "classes": self.data.classes,
@@ -100,16 +93,15 @@ class Report:
             "labelled_list_sha1": self.data.list_hash,
             "iterations": self.schedule.total,
             "processes": self.rt.world,
-            "git_commit": git.stdout.strip() or None,
+            "git_commit": commit,
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "torchvision": torchvision.__version__,
                 "numpy": np.__version__,
             },
-            "hardware": torch.cuda.get_device_name()
-            if self.rt.device.type == "cuda"
-            else f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "hardware": torch.cuda.get_device_name() if self.rt.device.type == "cuda" else platform.machine(),
+            "threads": torch.get_num_threads(),
         }
 
     def begin(self, start: int, networks: dict[str, nn.Module]) -> None:
@@ -162,12 +154,12 @@ class Report:
         self.log.write(text + "\n")
 
     def rows(self) -> list[dict]:
-        """metrics.csv as it stands."""
+        """The whole rows of metrics.csv; a run that was killed may have left half of one."""
         path = self.folder / "metrics.csv"
         if not path.is_file():
             return []
         with open(path, newline="") as file:
-            return list(csv.DictReader(file))
+            return [row for row in csv.DictReader(file) if None not in row.values()]
 
     def state_dict(self) -> dict:
         """What a checkpoint keeps: the running sums, averaged over processes, and the best result. Collective."""

@@ -257,6 +257,8 @@ def launch(main: Callable[[argparse.Namespace], Runtime | None], args: argparse.
         )
     except torch.OutOfMemoryError as error:
         code, message = 1, f"stopped: {str(error).split('. ')[0]}; try a smaller -b or --crop-size, or --amp bf16"
+    except OSError as error:  # a full disk while logging, most likely
+        code, message = 1, f"stopped: {error}; go on from the last checkpoint with --resume {args.output_dir}"
     except KeyboardInterrupt:
         code, message = 130, f"stopped at once; go on from the last checkpoint with --resume {args.output_dir}"
     if message:

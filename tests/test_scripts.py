@@ -91,6 +91,8 @@ def test_killed_and_resumed_ends_with_the_same_weights(script: str, finished, tm
     process.kill()
     process.wait()
     assert torch.load(tmp_path / "killed" / "last.pt", weights_only=True)["iteration"] == 6
+    with open(tmp_path / "killed" / "metrics.csv", "a") as file:
+        file.write("1")  # half a row
     result = run(script, "--resume", tmp_path / "killed")
     assert "resumed at iteration 6" in result.stdout
     assert same(weights(finished), weights(tmp_path / "killed"))
