@@ -159,7 +159,7 @@ def choose_labelled(args: argparse.Namespace, names: list[str], folder: str | No
         part, _, step = split.partition("/")
         if part != "1" or not step.isdigit() or int(step) < 1:
             raise InputError(f"--split {split}: give a fraction such as 1/8, 'all', or the path of a .txt list")
-        labelled, protocol = set(sorted(names)[:: int(step)]), f"every {step}th of {len(names)} sorted names"
+        labelled, protocol = set(sorted(names)[:: int(step)]), f"1 in {step} of {len(names)} sorted names"
     unknown = sorted(labelled - set(names))
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""

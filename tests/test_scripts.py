@@ -60,7 +60,7 @@ def finished(tmp_path_factory) -> Path:
 def test_a_run_leaves_what_is_promised(finished):
     out = (finished / "stdout.txt").read_text()
     assert LAST_LINE.match(out.splitlines()[-1])
-    for text in ("every 8th of 128 sorted names: 16 labelled, 112 unlabelled", "network 2", "average", "triangle", "figures"):
+    for text in ("1 in 8 of 128 sorted names: 16 labelled, 112 unlabelled", "network 2", "average", "triangle", "figures"):
         assert text in out
     left = {path.name for path in finished.iterdir()}
     assert left >= {"args.json", "log.txt", "metrics.csv", "last.pt", "best.pt", "figures"}
