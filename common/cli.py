@@ -179,7 +179,7 @@ def finish(
         The settings, all plain values, with `method`, `output_dir` and `resume` (True or False) set.
     """
     args = top.parse_args(argv)
-    run = Path(args.resume) if args.resume else default_run(args, presets, method)
+    run = Path(args.resume) if args.resume else default_run(args, method)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and (run / "args.json").is_file()
     if args.resume is not None or restarted:
         args = resumed_args(top, run, method, argv)
@@ -214,11 +214,9 @@ def resumed_args(top: argparse.ArgumentParser, run: Path, method: str, argv: lis
     return args
 
 
-def default_run(args: argparse.Namespace, presets: dict[str, dict], method: str) -> Path:
+def default_run(args: argparse.Namespace, method: str) -> Path:
     """`--output-dir`, or runs/METHOD-DATA-SPLIT-seedN."""
-    split = args.split or presets.get(args.data, {}).get("split") or DATA_DEFAULTS[args.data]["split"]
-    if args.labelled_list:
-        split = args.labelled_list
+    split = args.labelled_list or args.split or DATA_DEFAULTS[args.data]["split"]
     split = Path(split).stem if split.endswith(".txt") else split.replace("/", "-")
     return Path(args.output_dir or f"runs/{method}-{args.data}-{split}-seed{args.seed}")
 
@@ -288,9 +286,11 @@ class Schedule:
         self.save_every = args.save_interval
 
     def evaluates(self, done: int) -> bool:
+        """Whether an evaluation follows iteration `done`; one always follows the last."""
         return done > 0 and (done % self.eval_every == 0 or done == self.total)
 
     def saves(self, done: int) -> bool:
+        """Whether a checkpoint follows iteration `done`; one always precedes an evaluation."""
         return done > 0 and (done % self.save_every == 0 or self.evaluates(done))
 
     def factor(self, done: int) -> float:

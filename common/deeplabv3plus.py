@@ -148,7 +148,7 @@ class DeepLabV3Plus(nn.Module):
         self.low_level = conv_bn_relu(self.backbone.low_channels, low_width, 1)
         self.decoder = nn.Sequential(conv_bn_relu(width + low_width, width, 3), conv_bn_relu(width, width, 3))
         self.classifier = nn.Conv2d(width, num_classes, 1)
-        self.feature_channels, self.num_classes = width, num_classes
+        self.feature_channels = width
         for part in self.head_modules() if not tiny else [self]:
             part.apply(initialise)
 

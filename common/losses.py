@@ -43,7 +43,7 @@ def hard_pixels(logits: Tensor, target: Tensor, threshold: float, min_kept: int,
     """
     loss = cross_entropy(logits, target, ignore_index=IGNORE, reduction="none", impl=impl)
     rank = min(min_kept * len(target), loss.numel())
-    at_least = loss.flatten().topk(rank).values[-1]  # ignored pixels have loss 0: never among the hardest
+    at_least = loss.flatten().topk(rank).values[-1]  # 0, the loss of ignored pixels, if too few are valid: all stay
     easy = loss < torch.clamp(at_least, max=-math.log(threshold))
     return target.masked_fill(easy, IGNORE)
 

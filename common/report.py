@@ -209,7 +209,7 @@ class Report:
         self.record(done, {"miou": result.miou, **(measured or {})})
         more = "".join(f"  {name} {100 * value:.2f}" for name, value in (measured or {}).items())
         self.say(f"eval {done:>6}/{self.schedule.total}  mIoU {100 * result.miou:.2f} (best {100 * self.best:.2f}){more}")
-        if better and not self.args.eval_only:
+        if better:
             checkpoint.write(checkpoint.header(done, self.args, networks), self.folder / "best.pt")
 
     def record(self, done: int, values: dict[str, float]) -> None:
@@ -222,8 +222,6 @@ class Report:
             "seconds": round(self.elapsed(), 2),
             "peak_memory_mb": peak,
         }
-        if self.args.eval_only:
-            return
         with open(self.folder / "metrics.csv", "a", newline="") as file:
             csv.DictWriter(file, self.columns, restval="").writerow(row)
         for name, value in values.items():

@@ -219,7 +219,7 @@ def start(args: argparse.Namespace) -> Runtime:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     random.seed(args.seed)
-    np.random.seed(args.seed % 2**32)
+    np.random.seed(args.seed)
     torch.manual_seed(args.seed)  # the same on all processes: they build the same networks
 
     amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
