@@ -14,6 +14,7 @@ import torch
 from common import InputError, checkpoint
 from common.augment import scale_rule
 from common.deeplabv3plus import BACKBONES
+from kernels.interpolation import use_triton
 
 # What is decided by the data set and not by a paper. eval_window: 0 evaluates whole pictures, crop slides a window
 # of the crop's size.
@@ -153,7 +154,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
         "--kernels",
         choices=["auto", "triton", "torch"],
         default="auto",
-        help="implementation of the fused operations (default: auto)",
+        help="of the fused operations; auto is triton on CUDA, else torch (default: auto)",
     )
     group.add_argument(
         "-j", "--workers", type=int, metavar="N", help="loader processes a loader (default: 4 or the cores; shapes: 0)"
@@ -262,12 +263,14 @@ def check(args: argparse.Namespace, top: argparse.ArgumentParser) -> None:
         top.error(f"--dropout {args.dropout}: from 0 to below 1")
     if not 0 <= args.seed < 2**32 or args.workers < 0 or args.eval_window < 0:
         top.error("--seed (below 2^32), --workers and --eval-window must not be negative")
-    if args.kernels == "triton":
-        top.error("--kernels triton: there is no Triton kernel yet; use auto or torch")
     try:
-        torch.device(args.device)
+        device = torch.device(args.device)
     except RuntimeError:
         top.error(f"--device {args.device}: cpu, cuda, cuda:N or mps")
+    try:
+        use_triton(args.kernels, device)
+    except ValueError as error:
+        top.error(f"--kernels {args.kernels}: {error}")
 
 
 class Schedule:

@@ -1,92 +1,471 @@
-"""The operations on low-resolution logits against torch at full resolution, and by hand."""
+"""The fused operations against float64 PyTorch at full resolution: their references, and their kernels.
 
+Without a GPU Triton's interpreter runs the kernels; `pytest -m gpu` runs the same tests compiled, on a GPU.
+"""
+
+import copy
 import math
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import NATIVE, run, settings
 
-from kernels import cross_entropy, pseudo_label
+import cps
+from common import datasets, losses
+from kernels import PseudoLabel, cross_entropy, drop_unreliable, masked_percentile, pseudo_label
+from kernels.interpolation import axis
+
+MODULES = [sys.modules[f"kernels.{name}"] for name in ("cross_entropy", "cross_entropy_map", "pseudo_label")]
+IMPLEMENTATIONS = [
+    pytest.param(("torch", "cpu"), id="torch"),
+    pytest.param(("triton", "cpu"), id="interpreted", marks=pytest.mark.skipif(NATIVE, reason="kernels are compiled here")),
+    pytest.param(
+        ("triton", "cuda"), id="gpu", marks=[pytest.mark.gpu, pytest.mark.skipif(not NATIVE, reason="no CUDA device")]
+    ),
+]
 
 
-def example(dtype=torch.float64, classes: int = 5, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(2, classes, 5, 7, generator=generator, dtype=dtype).mul(3)
-    target = torch.randint(0, classes, (2, 17, 25), generator=generator)
-    target[0, :3] = 255
-    return logits, target
+@pytest.fixture(params=IMPLEMENTATIONS)
+def where(request, monkeypatch) -> tuple[str, str]:
+    """(impl, device); interpreted kernels get wide programs, since the interpreter's time goes by their number."""
+    impl, device = request.param
+    if (impl, device) == ("triton", "cpu"):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        for module in MODULES:
+            monkeypatch.setattr(module, "CELL_LANES", 256)
+    return impl, device
 
 
-@pytest.mark.parametrize("align_corners", [True, False])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
-def test_cross_entropy_is_that_of_the_upsampled_logits(align_corners: bool, dtype: torch.dtype):
-    logits, target = example()
+def example(shape, size, device="cpu", dtype=torch.float64, scale=3.0, ignored=True):
+    """Logits, and labels of which the upper rows are ignored."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64).mul(scale).to(dtype)
+    target = torch.randint(0, shape[1], (shape[0], *size), generator=generator)
+    if ignored:
+        target[:, : size[0] // 5] = 255
+    return logits.to(device), target.to(device)
+
+
+def upsampled(logits, size, align_corners=True):
+    """Full-resolution logits in float64."""
+    logits = logits.double()
+    if logits.shape[2:] == tuple(size):
+        return logits
+    return F.interpolate(logits, size, mode="bilinear", align_corners=align_corners)
+
+
+CASES = [
+    # logits, target, align_corners: classes 2, 19, 21, 150; ratios 4 and 8 exact, 1, above 4 and 5, and below 1
+    ((2, 2, 5, 7), (17, 25), True),
+    ((1, 19, 5, 6), (17, 21), True),
+    ((1, 21, 2, 129), (5, 513), True),  # a band of 129 -> 513
+    ((1, 150, 3, 3), (9, 9), True),
+    ((1, 3, 12, 12), (51, 51), True),
+    ((1, 2, 16, 16), (64, 64), True),
+    ((2, 2, 16, 16), (64, 64), False),
+    ((1, 3, 5, 9), (33, 65), True),
+    ((1, 4, 11, 11), (5, 5), True),
+    ((1, 4, 11, 11), (5, 5), False),
+    ((1, 3, 1, 1), (1, 1), True),
+    ((1, 3, 1, 1), (6, 9), False),
+    ((1, 2, 3, 4), (50, 61), False),
+    ((2, 21, 9, 10), (9, 10), True),
+    ((1, 150, 6, 7), (6, 7), True),
+]
+
+
+HALF = [(*CASES[i], dtype) for i in (0, 4, 13) for dtype in (torch.bfloat16, torch.float16)]
+
+
+@pytest.mark.parametrize("shape, size, align_corners, dtype", [(*case, torch.float32) for case in CASES] + HALF)
+def test_cross_entropy_and_gradient(shape, size, align_corners, dtype, where):
+    impl, device = where
+    logits, target = example(shape, size, device, dtype, ignored=size != (1, 1))
     logits.requires_grad_()
-    full = F.interpolate(logits, (17, 25), mode="bilinear", align_corners=align_corners)
-    expected = F.cross_entropy(full, target, ignore_index=255)
-    (gradient,) = torch.autograd.grad(expected, logits)
-    loss = cross_entropy(logits, target.to(dtype), align_corners=align_corners)
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(torch.autograd.grad(3 * loss, logits)[0], 3 * gradient)
+    exact = logits.detach().double().requires_grad_()
+    expected = F.cross_entropy(upsampled(exact, size, align_corners), target, ignore_index=255)
+    (3 * expected).backward()
+    loss = cross_entropy(logits, target.to(torch.uint8), align_corners=align_corners, impl=impl)
+    (3 * loss).backward()
+    assert loss.dtype == torch.float32 and logits.grad.dtype == dtype
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-7)
+    # The references interpolate with torch's float32 weights, which are at 4e-6 of the exact ones.
+    tolerance = 1e-2 if dtype != torch.float32 else 1e-5 if impl == "torch" else 2e-6
+    assert (logits.grad.double() - exact.grad).abs().max() <= tolerance * exact.grad.abs().max()
 
 
-def test_cross_entropy_by_hand():
-    logits = torch.tensor([[[[0.0, 0.0]], [[math.log(3), 0.0]]]])  # (1,2,1,2): p(class 1) = 3/4 and 1/2
-    target = torch.tensor([[[1, 0]]])
-    assert cross_entropy(logits, target, reduction="none")[0, 0].tolist() == pytest.approx([math.log(4 / 3), math.log(2)])
-    assert cross_entropy(logits, target).item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("label_type", [torch.uint8, torch.int32, torch.int64])
+@pytest.mark.parametrize("size", [(17, 25), (24, 32), (5, 7)])
+def test_weights_and_reductions(size, label_type, reduction, where):
+    impl, device = where
+    logits, target = example((2, 4, 5, 7), size, device, torch.float32)
+    logits.requires_grad_()
+    pixel_weight = torch.rand(target.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    class_weight = torch.tensor([0.5, 1, 2, 0], device=device)
+    options = {"pixel_weight": pixel_weight, "class_weight": class_weight, "impl": impl}
+    exact = logits.detach().double().requires_grad_()
+    each = F.cross_entropy(upsampled(exact, size), target, ignore_index=255, reduction="none")
+    weight = pixel_weight.double() * class_weight.double()[target.clamp(max=3)] * (target != 255)
+    result = cross_entropy(logits, target.to(label_type), reduction=reduction, **options)
+    if reduction == "none":
+        torch.testing.assert_close(result.double(), weight * each.detach(), rtol=1e-5, atol=1e-5)
+        assert not result.requires_grad
+        return
+    torch.testing.assert_close(result.double(), (weight * each).sum(), rtol=1e-6, atol=0)
+    mean = cross_entropy(logits, target.to(label_type), **options)
+    torch.testing.assert_close(mean.double(), (weight * each).sum() / weight.sum(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(cross_entropy(logits.detach(), target.to(label_type), **options), mean.detach())
+    mean.backward()
+    ((weight * each).sum() / weight.sum()).backward()
+    assert (logits.grad.double() - exact.grad).abs().max() <= 1e-5 * exact.grad.abs().max()
 
 
-def test_weights_and_reductions():
-    logits, target = example()
-    pixel_weight, class_weight = torch.rand(2, 17, 25, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
-    each = cross_entropy(logits, target, reduction="none")
-    weight = pixel_weight * class_weight[target.clamp(max=4)] * (target != 255)
-    weights = {"pixel_weight": pixel_weight, "class_weight": class_weight}
-    torch.testing.assert_close(cross_entropy(logits, target, reduction="sum", **weights), (weight * each).sum())
-    torch.testing.assert_close(cross_entropy(logits, target, **weights), (weight * each).sum() / weight.sum())
-    torch.testing.assert_close(cross_entropy(logits, target, reduction="sum"), each.sum())
+def test_narrow_programs_hand_parts_of_the_gradient_to_their_neighbours(monkeypatch, where):
+    """The real width of 32 lanes: nodes whose left and right cells lie in different programs."""
+    impl, device = where
+    for module in MODULES:
+        monkeypatch.setattr(module, "CELL_LANES", 32)
+    for align_corners in (True, False):
+        logits, target = example((1, 2, 5, 41), (17, 161), device, torch.float32)
+        logits.requires_grad_()
+        exact = logits.detach().double().requires_grad_()
+        F.cross_entropy(upsampled(exact, (17, 161), align_corners), target, ignore_index=255).backward()
+        cross_entropy(logits, target, align_corners=align_corners, impl=impl).backward()
+        assert (logits.grad.double() - exact.grad).abs().max() <= 1e-5 * exact.grad.abs().max()
 
 
-def test_all_ignored_is_zero_with_zero_gradient():
-    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
-    loss = cross_entropy(logits, torch.full((1, 16, 16), 255))
+@pytest.mark.parametrize("size", [(17, 25), (5, 7)])
+def test_extreme_logits_stay_exact(size, where):
+    """Neighbouring nodes that are sure of different classes: a bound over the corners would underflow between them."""
+    impl, device = where
+    logits, target = example((1, 3, 5, 7), size, device, torch.float32)
+    logits = (logits.sign() * 100).requires_grad_()
+    exact = logits.detach().double().requires_grad_()
+    expected = F.cross_entropy(upsampled(exact, size), target, ignore_index=255)
+    expected.backward()
+    loss = cross_entropy(logits, target, impl=impl)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert (logits.grad.double() - exact.grad).abs().max() <= 1e-5 * exact.grad.abs().max()
+
+
+@pytest.mark.parametrize("size", [(16, 16), (4, 4)])
+def test_all_ignored_is_zero_with_zero_gradient(size, where):
+    impl, device = where
+    logits = torch.randn(1, 3, 4, 4, device=device, requires_grad=True)
+    loss = cross_entropy(logits, torch.full((1, *size), 255, device=device), impl=impl)
     loss.backward()
     assert loss.item() == 0 and logits.grad.abs().max() == 0
 
 
-def test_cross_entropy_refuses_what_it_cannot_do():
-    logits, target = example()
-    with pytest.raises(ValueError, match="label 7"):
-        cross_entropy(logits, torch.full_like(target, 7))
-    with pytest.raises(ValueError, match="Triton"):
-        cross_entropy(logits, target, impl="triton")
-    with pytest.raises(ValueError, match="impl"):
-        pseudo_label(logits, impl="cuda")
+def test_cross_entropy_by_hand(where):
+    impl, device = where
+    logits = torch.tensor([[[[0.0, 0.0]], [[math.log(3), 0.0]]]], device=device)  # p(class 1) = 3/4 and 1/2
+    target = torch.tensor([[[1, 0]]], device=device)
+    each = cross_entropy(logits, target, reduction="none", impl=impl)
+    assert each[0, 0].tolist() == pytest.approx([math.log(4 / 3), math.log(2)])
+    assert cross_entropy(logits, target, impl=impl).item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
 
 
-def test_half_precision_logits_compute_in_float32():
-    logits, target = example(torch.bfloat16)
-    torch.testing.assert_close(cross_entropy(logits, target), cross_entropy(logits.float(), target))
-    assert cross_entropy(logits, target).dtype == torch.float32
+@pytest.mark.parametrize("size", [(17, 25), (5, 7)])
+def test_bitwise_repeatable_and_inputs_untouched(size, where):
+    impl, device = where
+    logits, target = example((2, 3, 5, 7), size, device, torch.float32)
+    results = []
+    for _ in range(2):
+        before = logits.clone()
+        variable = logits.requires_grad_()
+        loss = cross_entropy(variable, target, impl=impl)
+        (gradient,) = torch.autograd.grad(loss, variable)
+        labels = pseudo_label(variable, size, with_confidence=True, with_entropy=True, impl=impl)
+        results.append([loss.detach(), gradient, *labels])
+        assert torch.equal(variable, before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_gradient_scaled_twice_comes_from_the_same_saved_values(where):
+    impl, device = where
+    logits, target = example((1, 3, 5, 7), (17, 25), device, torch.float32)
+    loss = cross_entropy(logits.requires_grad_(), target, impl=impl)
+    first, second = (
+        torch.autograd.grad(loss, logits, torch.tensor(s, device=device), retain_graph=True)[0] for s in (1.0, 5.0)
+    )
+    torch.testing.assert_close(5 * first, second)
+
+
+def test_non_contiguous_inputs(where):
+    impl, device = where
+    logits, target = example((2, 3, 5, 7), (17, 25), device, torch.float32)
+    turned = logits.to(memory_format=torch.channels_last)
+    assert torch.equal(cross_entropy(turned, target, impl=impl), cross_entropy(logits, target, impl=impl))
+    flipped = target.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(cross_entropy(logits, flipped, impl=impl), cross_entropy(logits, target, impl=impl))
+    assert torch.equal(pseudo_label(turned, (17, 25), impl=impl).label, pseudo_label(logits, (17, 25), impl=impl).label)
+
+
+@pytest.mark.parametrize("shape, size, align_corners", CASES)
+def test_pseudo_label_confidence_and_entropy(shape, size, align_corners, where):
+    impl, device = where
+    logits, _ = example(shape, size, device, torch.float32)
+    result = pseudo_label(logits, size, align_corners=align_corners, with_confidence=True, with_entropy=True, impl=impl)
+    full = upsampled(logits, size, align_corners)
+    probs = full.softmax(1)
+    best = full.topk(min(2, shape[1]), 1).values
+    certain = (best[:, 0] - best[:, 1]) > 1e-5
+    assert result.label.dtype == torch.uint8 and torch.equal(result.label.long()[certain], full.argmax(1)[certain])
+    # torch's float32 weights again
+    tolerance = {"atol": 1e-4 if impl == "torch" else 3e-6, "rtol": 0, "check_dtype": False}
+    torch.testing.assert_close(result.confidence, probs.amax(1), **tolerance)
+    torch.testing.assert_close(result.entropy, torch.special.entr(probs).sum(1), **tolerance)
+
+
+def test_pseudo_label_of_ties_and_certainty(where):
+    impl, device = where
+    tied = torch.zeros(1, 4, 2, 2, device=device)
+    result = pseudo_label(tied, (5, 5), with_entropy=True, impl=impl)
+    assert result.label.max() == 0 and result.confidence is None
+    torch.testing.assert_close(result.entropy, torch.full((1, 5, 5), math.log(4), device=device))
+    certain = torch.tensor([-100.0, 100.0], device=device).view(1, 2, 1, 1)
+    alone = pseudo_label(certain, with_entropy=True, impl=impl)
+    assert alone.entropy.item() == 0 and alone.label.item() == 1
+    assert pseudo_label(certain, impl=impl).entropy is None
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "tiny", "constant", "wide"])
+@pytest.mark.parametrize("count", [1, 2, 3, 1000, 5000])
+def test_percentile_is_numpys_in_float64(count, kind, where):
+    impl, device = where
+    generator = torch.Generator().manual_seed(count)
+    normal = torch.randn(count, generator=generator)
+    values = {
+        "normal": normal, "ties": normal.round(), "tiny": normal.abs() * 1e-40, "constant": torch.full((count,), -2.5),
+        "wide": normal * 10 ** torch.randint(-30, 30, (count,), generator=generator).float(),
+    }[kind]  # fmt: skip
+    valid = torch.rand(count, generator=generator) > 0.3
+    valid[0] = True
+    queries = [0, 5.0, 37.5, 37.5, 80, 99.99, 100]
+    result = masked_percentile(values.to(device), valid.to(device), queries, impl=impl)
+    expected = [np.percentile(values[valid].double().numpy(), q) for q in queries]
+    torch.testing.assert_close(result.cpu(), torch.tensor(expected).float(), rtol=2e-7, atol=0)
+
+
+def test_percentile_of_nothing_of_one_number_and_of_a_tensor(where):
+    impl, device = where
+    values = torch.arange(6.0, device=device).view(2, 3)
+    valid = values > 0
+    assert masked_percentile(values, valid & False, [20, 80], impl=impl).isnan().all()
+    assert masked_percentile(values, valid, 50, impl=impl).tolist() == [3]
+    queries = torch.tensor([75.0, 25.0], device=device)
+    assert masked_percentile(values, valid, queries, impl=impl).tolist() == [4, 2]
+    with pytest.raises(ValueError, match="100"):
+        masked_percentile(values, valid, 100.5, impl=impl)
+    with pytest.raises(ValueError, match="bool mask"):
+        masked_percentile(values, values, 50, impl=impl)
+
+
+def test_drop_unreliable(where):
+    impl, device = where
+    label = torch.tensor([[[0, 1, 255, 2, 3]]], dtype=torch.uint8, device=device)
+    entropy = torch.tensor([[[0.1, 0.5, 0.0, 0.7, float("inf")]]], device=device)
+    before = label.clone()
+    kept, count = drop_unreliable(label, entropy, torch.tensor(0.5, device=device), impl=impl)
+    assert kept.tolist() == [[[0, 255, 255, 255, 255]]] and count.item() == 1 and torch.equal(label, before)
+    all_kept, count = drop_unreliable(label, entropy, float("nan"), impl=impl)
+    assert torch.equal(all_kept, label) and count.item() == 4
+
+
+@pytest.mark.parametrize("size", [(5, 7), (2, 3)])
+def test_gradcheck(size, where):
+    impl, device = where
+    logits, target = example((1, 3, 2, 3), size, device, ignored=False)
+    target[:, 0, :2] = 255
+    weight = torch.rand(target.shape, dtype=torch.float64, device=device)
+    assert torch.autograd.gradcheck(lambda x: cross_entropy(x, target, impl=impl), logits.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x: cross_entropy(x, target, pixel_weight=weight, impl=impl), logits)
+
+
+# On a CPU opcheck's compiled part runs the op itself, interpreted, and so takes seconds each.
+def test_opcheck(where):
+    impl, device = where
+    ops = torch.ops.semiseg
+    logits, target = example((1, 3, 3, 5), (9, 17), device, torch.float32)
+    small, small_target = example((1, 3, 3, 5), (3, 5), device, torch.float32)
+    weight = torch.rand(target.shape, device=device)
+    entropy = torch.rand(target.shape, device=device)
+    numbers = torch.tensor([20.0, 80.0], dtype=torch.float64, device=device)
+    variable = logits.detach().clone().requires_grad_()
+    torch.library.opcheck(ops.cross_entropy.default, (variable, target, weight, None, 255, True, True, impl))
+    torch.library.opcheck(ops.cross_entropy_map.default, (logits, target, None, None, 255, True, impl))
+    torch.library.opcheck(ops.pseudo_label.default, (logits, 9, 17, True, True, False, impl))
+    torch.library.opcheck(ops.masked_percentile.default, (entropy, entropy > 0.2, numbers, impl))
+    torch.library.opcheck(ops.drop_unreliable.default, (target, entropy, torch.tensor(0.5, device=device), 255, impl))
+    if impl == "triton":
+        torch.library.opcheck(ops.cross_entropy_full.default, (small.requires_grad_(), small_target, None, None, 255))
+
+
+def test_compiles_without_a_graph_break(where):
+    impl, device = where
+    logits, target = example((1, 3, 3, 5), (9, 17), device, torch.float32)
+
+    def step(logits, target):
+        found = pseudo_label(logits, target.shape[1:], with_entropy=True, impl=impl)
+        threshold = masked_percentile(found.entropy, target != 255, 80.0, impl=impl)
+        label, count = drop_unreliable(found.label, found.entropy, threshold, impl=impl)
+        full = cross_entropy(logits, target[:, :3, :5], impl=impl)
+        return cross_entropy(logits, target, impl=impl) + cross_entropy(logits, label, impl=impl) + full, count
+
+    eager, count = step(logits.requires_grad_(), target)
+    (expected,) = torch.autograd.grad(eager, logits)
+    loss, compiled_count = torch.compile(step, fullgraph=True, backend="aot_eager")(logits, target)
+    torch.testing.assert_close(loss, eager)
+    assert torch.equal(count, compiled_count)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not NATIVE, reason="no CUDA device")
+def test_no_operation_waits_for_the_gpu():
+    logits, target = example((2, 5, 9, 9), (33, 33), "cuda", torch.float32)
+    target = target.to(torch.uint8)
+
+    def step():
+        found = pseudo_label(logits, (33, 33), with_entropy=True)
+        thresholds = masked_percentile(found.entropy, target != 255, [20.0, 80.0])
+        label, _ = drop_unreliable(found.label, found.entropy, thresholds[1])
+        (cross_entropy(logits, label) + cross_entropy(logits, target)).backward()
+
+    logits.requires_grad_()
+    step()  # compiles, and uploads the tables
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not NATIVE, reason="no CUDA device")
+def test_peak_memory_is_a_fraction_of_full_resolution_logits():
+    logits, target = example((4, 21, 65, 65), (257, 257), "cuda", torch.bfloat16)
+    target, logits = target.to(torch.uint8), logits.requires_grad_()
+    full = 4 * 21 * 257 * 257 * 4
+    for _ in range(2):
+        logits.grad = None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        label = pseudo_label(logits, (257, 257)).label
+        cross_entropy(logits, target).backward()
+        peak = torch.cuda.max_memory_allocated() - before
+    assert label.shape == target.shape and peak < 2 * full / 8  # kept: the labels and the gradient
 
 
 @pytest.mark.parametrize("align_corners", [True, False])
-def test_pseudo_label_confidence_and_entropy(align_corners: bool):
-    logits, _ = example(torch.float32)
-    before = logits.clone()
-    result = pseudo_label(logits, (17, 25), align_corners=align_corners, with_confidence=True, with_entropy=True)
-    probs = F.interpolate(logits.double(), (17, 25), mode="bilinear", align_corners=align_corners).softmax(1)
-    assert result.label.dtype == torch.uint8 and torch.equal(result.label.long(), probs.argmax(1))
-    torch.testing.assert_close(result.confidence, probs.amax(1).float())
-    torch.testing.assert_close(result.entropy, -(probs * probs.log()).sum(1).float())
-    assert torch.equal(logits, before)
+@pytest.mark.parametrize("nodes, outputs", [(129, 513), (128, 512), (1, 7), (7, 1), (5, 5), (11, 5), (3, 50), (65, 513)])
+def test_axis_interpolates_as_torch_does(nodes, outputs, align_corners):
+    values = torch.randn(nodes, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = F.interpolate(values[None, None], outputs, mode="linear", align_corners=align_corners)[0, 0]
+    found = axis(nodes, outputs, align_corners, torch.float64, torch.device("cpu"))
+    cell = torch.repeat_interleave(torch.arange(nodes + 1), found.first.diff())
+    low, high = values[(cell - 1).clamp(min=0)], values[cell.clamp(max=nodes - 1)]
+    torch.testing.assert_close(low + (high - low) * found.weight, expected)
+    assert found.slots == found.first.diff().max()
 
 
-def test_pseudo_label_of_ties_and_certainty():
-    tied = torch.zeros(1, 4, 2, 2)
-    result = pseudo_label(tied, with_entropy=True)
-    assert result.label.max() == 0 and result.confidence is None
-    torch.testing.assert_close(result.entropy, torch.full((1, 2, 2), math.log(4)))
-    certain = torch.tensor([-100.0, 100.0]).view(1, 2, 1, 1)
-    assert pseudo_label(certain, with_entropy=True).entropy.item() == 0
+def test_what_the_operations_refuse(monkeypatch):
+    logits, target = example((2, 5, 5, 7), (17, 25))
+    with pytest.raises(ValueError, match="label 7"):
+        cross_entropy(logits, torch.full_like(target, 7), impl="torch")
+    with pytest.raises(ValueError, match="label -1"):
+        cross_entropy(logits, torch.full_like(target, -1), impl="torch")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="needs a GPU"):
+        cross_entropy(logits, target, impl="triton")
+    with pytest.raises(ValueError, match="impl"):
+        pseudo_label(logits, impl="cuda")
+    with pytest.raises(ValueError, match="reduction"):
+        cross_entropy(logits, target, reduction="average")
+    with pytest.raises(ValueError, match="pixel_weight"):
+        cross_entropy(logits, target, pixel_weight=torch.ones(2, 5, 7))
+    with pytest.raises(ValueError, match="class_weight"):
+        cross_entropy(logits, target, class_weight=torch.ones(4))
+    with pytest.raises(ValueError, match="254"):
+        pseudo_label(torch.zeros(1, 255, 2, 2))
+
+
+def test_the_reference_holds_one_full_resolution_tensor_at_most():
+    """Largest live allocation of one call, in full-resolution float32 logits of its single picture."""
+    logits, target = example((1, 21, 65, 65), (257, 257), dtype=torch.float32)
+    full = 21 * 257 * 257 * 4
+    logits.requires_grad_()
+
+    def peak(call) -> float:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            call()
+        live = most = 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                live += event.nbytes()
+                most = max(most, live)
+        return most / full
+
+    naive = peak(lambda: F.cross_entropy(upsampled(logits.float(), (257, 257)).float(), target, ignore_index=255).backward())
+    assert naive > 2  # the measurement sees what it should
+    assert peak(lambda: cross_entropy(logits, target, impl="torch").backward()) < 1.9
+    assert peak(lambda: pseudo_label(logits, (257, 257), with_entropy=True, impl="torch")) < 1.9
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_compiled_ahead_of_time_within_the_ceilings(target):
+    """At most 128 registers, nothing spilled, no stack; and that every kernel compiles, which the interpreter does not show."""
+    rows = [line.rsplit(maxsplit=6) for line in run("-m", "kernels.aot", "--target", target).stdout.splitlines()]
+    if target == "gfx942":
+        assert len(rows) > 20 and all(row[-1] == "compiles" for row in rows[1:])
+        return
+    costs = {name: list(map(int, numbers[:4])) for name, *numbers in rows[2:]}
+    assert len(costs) > 20
+    for name, (registers, spilled, stack, shared) in costs.items():
+        assert registers <= 128 and spilled == 0 and stack == 0 and shared <= 16384, name
+
+
+def test_training_with_kernels_follows_training_without(where, rt):
+    """Three steps of CPS: the losses agree with those that interpolate and use torch's cross-entropy."""
+    impl, device = where
+    rt = replace(rt, device=torch.device(device))
+    args = cps.parse_args(["--crop-size", "32", "-b", "2", "--kernels", impl, "--device", device])
+    data = datasets.load(settings())
+    torch.manual_seed(0)
+    networks = {name: network.to(device).train() for name, network in cps.build_networks(args, data, rt).items()}
+    plain = copy.deepcopy(networks)
+    optimizers = [torch.optim.SGD([p for f in each.values() for p in f.parameters()], lr=0.05) for each in (networks, plain)]
+    for iteration, batches in zip(range(3), cps.load_batches(args, data, rt, 0, 3), strict=True):
+        batches = [rt.to_device(batch) for batch in batches]
+        found = cps.train_step(networks, optimizers[0], batches, iteration, args, data, rt)["loss"]
+        with monkeypatched_operations():
+            expected = cps.train_step(plain, optimizers[1], batches, iteration, args, data, rt)["loss"]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
+@contextmanager
+def monkeypatched_operations():
+    """The two operations of CPS by torch at full resolution."""
+
+    def naive_cross_entropy(logits, target, ignore_index, reduction, impl):
+        return F.cross_entropy(
+            upsampled(logits, target.shape[1:]).float(), target.long(), ignore_index=ignore_index, reduction=reduction
+        )
+
+    def naive_pseudo_label(logits, size, impl):
+        return PseudoLabel(upsampled(logits, size).argmax(1).to(torch.uint8), None, None)
+
+    with (
+        mock.patch.object(cps, "pseudo_label", naive_pseudo_label),
+        mock.patch.object(losses, "cross_entropy", naive_cross_entropy),
+    ):
+        yield

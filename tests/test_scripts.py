@@ -229,7 +229,7 @@ def test_predict_errors(finished, tmp_path):
         (("--scale", "huge"), "--scale huge"),
         (("-b", "1"), "at least 2 pictures"),
         (("--device", "toaster"), "--device toaster"),
-        (("--kernels", "triton"), "no Triton kernel yet"),
+        (("--kernels", "triton", "--device", "cpu"), "needs a GPU"),
         (("--split", "all"), "use supervised.py"),
         (("--resume", "nowhere"), "no run in nowhere"),
         (("--output-dir", "/proc/run"), "cannot write to the run folder"),

@@ -1,0 +1,174 @@
+"""Cross-entropy of logits that have the target's size already: nothing to interpolate, only traffic to save.
+
+PyTorch (log_softmax, nll_loss and their backward passes) moves the N x C x H x W tensor six times. Here the forward pass reads
+it once and keeps a log-sum-exp a pixel; the backward pass reads it again and writes the gradient: three times in all.
+Equations, arguments and reference as in `cross_entropy.py`.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.cross_entropy_map import check_labels
+from kernels.interpolation import LN2, LOG2E, accumulator, jit, tl, tl_type, triton
+
+LANES = 128
+KEPT_CLASSES = 48  # as many classes fit into a lane's registers beside the rest
+
+
+@jit
+def full_size_kernel(
+    logits_ptr,  # (N,C,H,W)
+    target_ptr,  # (N,H,W) integers
+    pixel_weight_ptr,  # (N,H,W) or None
+    class_weight_ptr,  # (C,) or None
+    partial_ptr,  # (N,programs,2): sums of weight · loss and of weight
+    denominator_ptr,  # (N,H,W): log-sum-exp; written going forward, read going backward
+    upstream_ptr,  # (): gradient of the loss, or None
+    gradient_ptr,  # (N,C,H,W) in the logits' type, or None
+    pixels,
+    C: tl.constexpr,
+    IGNORE: tl.constexpr,
+    KEEP: tl.constexpr,
+    ACC: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Logits at the target's own size, one lane a pixel: the loss going forward, or with `gradient_ptr` the gradient.
+
+    KEEP holds the classes in registers between the maximum and the sum; without it they are read twice.
+    """
+    image = tl.program_id(1).to(tl.int64)
+    pixel = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    here = pixel < pixels
+    logits_ptr += image * C * pixels + pixel
+    pixel = image * pixels + pixel
+    t = tl.load(target_ptr + pixel, mask=here, other=0).to(tl.int32)
+    valid = here & (t != IGNORE)
+    tl.device_assert((t < C) | (t == IGNORE), "label outside the classes")
+    weight = tl.where(valid, 1.0, 0.0).to(ACC)
+    if pixel_weight_ptr is not None:
+        weight *= tl.load(pixel_weight_ptr + pixel, mask=valid, other=0.0).to(ACC)
+    if class_weight_ptr is not None:
+        weight *= tl.load(class_weight_ptr + t, mask=valid, other=0.0).to(ACC)
+
+    if gradient_ptr is not None:
+        gradient_ptr += image * (C - 1) * pixels + pixel
+        denominator = tl.load(denominator_ptr + pixel, mask=here, other=0.0) * LOG2E
+        weight *= tl.load(upstream_ptr).to(ACC)
+        for c in range(C):
+            z = tl.load(logits_ptr, mask=here, other=0.0).to(ACC) * LOG2E
+            g = weight * (tl.exp2(z - denominator) - tl.where(t == c, 1.0, 0.0))
+            tl.store(gradient_ptr, tl.where(valid, g, 0.0), mask=here)
+            logits_ptr += pixels
+            gradient_ptr += pixels
+    else:
+        of_label = tl.load(logits_ptr + t * pixels, mask=valid, other=0.0).to(ACC) * LOG2E
+        highest = tl.full([LANES], float("-inf"), ACC)
+        total = tl.zeros([LANES], ACC)
+        if KEEP:
+            kept = ()
+            for c in tl.static_range(C):
+                kept = kept + (tl.load(logits_ptr + c * pixels, mask=here, other=0.0).to(ACC) * LOG2E,)
+                highest = tl.maximum(highest, kept[c])
+            for c in tl.static_range(C):
+                total += tl.exp2(kept[c] - highest)
+        else:
+            again_ptr = logits_ptr
+            for _ in tl.range(C, loop_unroll_factor=4):
+                highest = tl.maximum(highest, tl.load(logits_ptr, mask=here, other=0.0).to(ACC) * LOG2E)
+                logits_ptr += pixels
+            for _ in tl.range(C, loop_unroll_factor=4):
+                total += tl.exp2(tl.load(again_ptr, mask=here, other=0.0).to(ACC) * LOG2E - highest)
+                again_ptr += pixels
+        denominator = highest + tl.log2(total)
+        loss = tl.where(valid, weight * (denominator - of_label) * LN2, 0.0)
+        tl.store(denominator_ptr + pixel, denominator * LN2, mask=here)
+        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        tl.store(partial_ptr + 2 * program, tl.sum(loss, 0))
+        tl.store(partial_ptr + 2 * program + 1, tl.sum(weight, 0))
+
+
+def launch(
+    logits: Tensor,
+    target: Tensor,
+    pixel_weight: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    denominator: Tensor,
+    upstream: Tensor | None = None,
+) -> tuple[Tensor, Tensor] | Tensor:
+    """Run the kernel forward, or with `upstream` backward.
+
+    Args:
+        logits, target, pixel_weight, class_weight, ignore_index: as in `cross_entropy`, with target (N,h,w).
+        denominator: (N,h,w), filled with the log-sum-exp; going backward, what the forward pass left there.
+        upstream: (), gradient of the sum of weight · loss.
+
+    Returns:
+        Forward: sum of weight · loss, sum of weight, in the type of computation. Backward: the gradient of the
+        logits, in their type.
+    """
+    n, classes, h, w = logits.shape
+    dtype = accumulator(logits.dtype)
+    logits, target, pixel_weight, class_weight = (
+        x if x is None else x.contiguous() for x in (logits, target, pixel_weight, class_weight)
+    )
+    grid = (triton.cdiv(h * w, LANES), n)
+    partial = None if upstream is not None else logits.new_empty((n, grid[0], 2), dtype=dtype)
+    gradient = None if upstream is None else torch.empty_like(logits)
+    full_size_kernel[grid](
+        logits, target, pixel_weight, class_weight, partial, denominator, upstream, gradient, h * w, C=classes,
+        IGNORE=ignore_index, KEEP=classes <= KEPT_CLASSES, ACC=tl_type(dtype), LANES=LANES, num_warps=LANES // 32,
+    )  # fmt: skip
+    if upstream is not None:
+        return gradient
+    return tuple(partial[..., k].sum(dtype=torch.float64).to(dtype) for k in range(2))
+
+
+@torch.library.custom_op("semiseg::cross_entropy_full", mutates_args=())
+def cross_entropy_full_op(
+    logits: Tensor, target: Tensor, pixel_weight: Tensor | None, class_weight: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> sum of weight · loss, sum of weight, log-sum-exp of each pixel."""
+    check_labels(target, logits.shape[1], ignore_index)
+    denominator = logits.new_empty(target.shape, dtype=accumulator(logits.dtype))
+    return *launch(logits, target, pixel_weight, class_weight, ignore_index, denominator), denominator
+
+
+@cross_entropy_full_op.register_fake
+def _(logits, target, pixel_weight, class_weight, ignore_index):
+    return tuple(logits.new_empty(shape, dtype=accumulator(logits.dtype)) for shape in ((), (), target.shape))
+
+
+@torch.library.custom_op("semiseg::cross_entropy_full_backward", mutates_args=())
+def cross_entropy_full_backward_op(
+    upstream: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    pixel_weight: Tensor | None,
+    class_weight: Tensor | None,
+    denominator: Tensor,
+    ignore_index: int,
+) -> Tensor:
+    """-> gradient of the logits, in their type."""
+    return launch(logits, target, pixel_weight, class_weight, ignore_index, denominator, upstream=upstream)
+
+
+@cross_entropy_full_backward_op.register_fake
+def _(upstream, logits, target, pixel_weight, class_weight, denominator, ignore_index):
+    return logits.new_empty(logits.shape)
+
+
+def save(ctx, inputs, output) -> None:
+    """Keep the inputs and the log-sum-exp for the backward pass."""
+    *tensors, ctx.ignore_index = inputs
+    _, weight_sum, denominator = output
+    ctx.save_for_backward(*tensors, denominator)
+    ctx.mark_non_differentiable(weight_sum, denominator)
+
+
+def backward(ctx, upstream, _weight_sum, _denominator) -> tuple:
+    """Make the gradient from the saved log-sum-exp."""
+    return cross_entropy_full_backward_op(upstream, *ctx.saved_tensors, ctx.ignore_index), *[None] * 4
+
+
+cross_entropy_full_op.register_autograd(backward, setup_context=save)

@@ -1,0 +1,225 @@
+"""The first half of `cross_entropy.py`: its reference in plain PyTorch, and the kernel for a loss without gradient.
+
+The loss of a pixel is log sum_c exp z(c) - z(t), with z interpolated from the logits. The kernel passes over the classes twice,
+for the maximum and for the sum of exponentials, and then fetches the four corners of the label's class. One lane owns a cell
+(see `interpolation.py`); nothing is joined between lanes, which makes this the kernel to read first. It serves "none"
+(hard example mining) and losses that are only reported.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.interpolation import (
+    CELL_LANES,
+    LN2,
+    accumulator,
+    cell_axis,
+    cell_corners,
+    chunks,
+    interpolate_row,
+    jit,
+    load_corners,
+    log_sum_exp,
+    plan,
+    tl,
+    tl_type,
+    triton,
+    upsample,
+    use_triton,
+)
+
+
+def cross_entropy_reference(
+    logits: Tensor,
+    target: Tensor,
+    pixel_weight: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    align_corners: bool,
+    with_gradient: bool,
+    loss_map: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operation in plain PyTorch, a few pictures at a time and in place: one full-resolution tensor at most.
+
+    Args:
+        logits, target, pixel_weight, class_weight, ignore_index, align_corners: as in `cross_entropy`.
+        with_gradient: whether to compute the gradient.
+        loss_map: (N,H,W), filled with the loss of each pixel, or None.
+
+    Returns:
+        Sum of weight · loss, sum of weight, gradient of the first with respect to the logits (N,C,h,w), or an empty tensor.
+    """
+    dtype, device = accumulator(logits.dtype), logits.device
+    size = tuple(target.shape[1:])
+    loss_sum, weight_sum = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
+    gradient = torch.empty(logits.shape if with_gradient else 0, dtype=dtype, device=device)
+    if with_gradient and logits.shape[2:] != size:
+        # The transposed interpolation as two matrix products: exact, deterministic, and at least as fast as torch's own.
+        from_rows, from_columns = (
+            F.interpolate(torch.eye(n, dtype=dtype, device=device)[None], size=m, mode="linear", align_corners=align_corners)[0]
+            for n, m in zip(logits.shape[2:], size, strict=True)
+        )  # (h,H), (w,W)
+    for some in chunks(logits, size):
+        label = target[some].long()
+        valid = label != ignore_index
+        label = label.where(valid, 0)[:, None]
+        weight = valid.to(dtype)
+        if pixel_weight is not None:
+            weight *= pixel_weight[some]
+        if class_weight is not None:
+            weight *= class_weight.to(dtype)[label[:, 0]]
+        z = upsample(logits[some], size, align_corners)
+        if z.data_ptr() == logits[some].data_ptr():
+            z = z.clone()
+        of_label = z.gather(1, label)
+        highest = z.max(1, keepdim=True).values
+        total = z.sub_(highest).exp_().sum(1, keepdim=True)
+        loss = (weight[:, None] * (total.log() + highest - of_label)).where(valid[:, None], 0)[:, 0]
+        loss_sum += loss.sum(dtype=torch.float64)
+        weight_sum += weight.sum(dtype=torch.float64)
+        if loss_map is not None:
+            loss_map[some] = loss
+        if with_gradient:
+            of_label = z.gather(1, label) / total - 1
+            z *= weight[:, None] / total
+            z.scatter_(1, label, weight[:, None] * of_label)
+            gradient[some] = z if z.shape[2:] == logits.shape[2:] else from_rows @ (z @ from_columns.T)
+    return loss_sum.to(dtype), weight_sum.to(dtype), gradient
+
+
+@jit
+def forward_kernel(
+    logits_ptr,  # (N,C,h,w)
+    target_ptr,  # (N,H,W) integers
+    pixel_weight_ptr,  # (N,H,W) or None
+    class_weight_ptr,  # (C,) or None
+    loss_ptr,  # (N,H,W): weight · loss of each pixel, or None
+    partial_ptr,  # (N,parts,programs,2): sums of weight · loss and of weight
+    first_y_ptr,  # (h+2,)
+    weight_y_ptr,  # (H,)
+    first_x_ptr,  # (w+2,)
+    weight_x_ptr,  # (W,)
+    h,
+    w,
+    H,
+    W,
+    C: tl.constexpr,
+    IGNORE: tl.constexpr,
+    RATIO: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    COLUMN_PARTS: tl.constexpr,
+    ACC: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Loss of one part of the cells, one lane a cell: ROWS x COLUMNS of its pixels."""
+    ON_NODE: tl.constexpr = RATIO > 0 and RATIO <= ROWS and RATIO <= COLUMNS
+    image = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(2)
+    plane = h * w
+    logits_ptr += image * C * plane
+    target_ptr += image * H * W
+    if pixel_weight_ptr is not None:
+        pixel_weight_ptr += image * H * W
+    if loss_ptr is not None:
+        loss_ptr += image * H * W
+    cell = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    row = cell // (w + 1)
+    column = cell % (w + 1)
+    here = row <= h
+    row = tl.minimum(row, h)
+    row_slot = part // COLUMN_PARTS * ROWS
+    column_slot = part % COLUMN_PARTS * COLUMNS
+    y, weight_y, exists_y = cell_axis(row, first_y_ptr, weight_y_ptr, row_slot, H, ROWS, RATIO, ACC)
+    x, weight_x, exists_x = cell_axis(column, first_x_ptr, weight_x_ptr, column_slot, W, COLUMNS, RATIO, ACC)
+    loss_sum = tl.zeros([LANES], ACC)
+    weight_sum = tl.zeros([LANES], ACC)
+    if tl.max((here & exists_y[0] & exists_x[0]).to(tl.int32), 0) > 0:
+        corners = cell_corners(row, column, h, w)
+        log_sum = log_sum_exp(logits_ptr, corners, plane, weight_y, weight_x, C, ROWS, COLUMNS, ON_NODE, ACC)
+        for r in tl.static_range(ROWS):
+            for s in tl.static_range(COLUMNS):
+                pixel = y[r] * W + x[s]
+                exists = here & exists_y[r] & exists_x[s]
+                t = tl.load(target_ptr + pixel, mask=exists, other=IGNORE).to(tl.int32)
+                tl.device_assert((t < C) | (t == IGNORE), "label outside the classes")
+                valid = t != IGNORE
+                weight = tl.where(valid, 1.0, 0.0).to(ACC)
+                if pixel_weight_ptr is not None:
+                    weight *= tl.load(pixel_weight_ptr + pixel, mask=valid, other=0.0).to(ACC)
+                if class_weight_ptr is not None:
+                    weight *= tl.load(class_weight_ptr + t, mask=valid, other=0.0).to(ACC)
+                corner = load_corners(logits_ptr + tl.where(valid, t, 0) * plane, corners, ACC)
+                z = interpolate_row(corner, r, weight_y, weight_x, COLUMNS, ON_NODE)
+                loss = tl.where(valid, weight * (log_sum[r * COLUMNS + s] - z[s]) * LN2, 0.0)
+                if loss_ptr is not None:
+                    tl.store(loss_ptr + pixel, loss, mask=exists)
+                loss_sum += loss
+                weight_sum += weight
+            # Keeps the compiler from having the loads of all rows in flight, in more registers than there are.
+            tl.debug_barrier()
+    program = (tl.program_id(1) * tl.num_programs(2) + part) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(partial_ptr + 2 * program, tl.sum(loss_sum, 0))
+    tl.store(partial_ptr + 2 * program + 1, tl.sum(weight_sum, 0))
+
+
+def launch_forward(
+    logits: Tensor,
+    target: Tensor,
+    pixel_weight: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    align_corners: bool,
+    loss_map: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel: sum of weight · loss, sum of weight. Arguments as in `cross_entropy_reference`."""
+    (n, classes, h, w), size, dtype = logits.shape, tuple(target.shape[1:]), accumulator(logits.dtype)
+    logits, target, pixel_weight, class_weight = (
+        x if x is None else x.contiguous() for x in (logits, target, pixel_weight, class_weight)
+    )
+    walk = plan(logits, size, align_corners, max_pixels=20)
+    grid = (triton.cdiv((h + 1) * (w + 1), CELL_LANES), n, walk.row_parts * walk.column_parts)
+    partial = logits.new_empty((*grid, 2), dtype=dtype)
+    forward_kernel[grid](
+        logits, target, pixel_weight, class_weight, loss_map, partial, walk.y.first, walk.y.weight, walk.x.first,
+        walk.x.weight, h, w, *size, C=classes, IGNORE=ignore_index, RATIO=walk.ratio, ROWS=walk.rows, COLUMNS=walk.columns,
+        COLUMN_PARTS=walk.column_parts, ACC=tl_type(dtype), LANES=CELL_LANES, num_warps=1,
+    )  # fmt: skip
+    return tuple(partial[..., k].sum(dtype=torch.float64).to(dtype) for k in range(2))
+
+
+@torch.library.custom_op("semiseg::cross_entropy_map", mutates_args=())
+def cross_entropy_map_op(
+    logits: Tensor,
+    target: Tensor,
+    pixel_weight: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    align_corners: bool,
+    impl: str,
+) -> Tensor:
+    """-> weight · loss of each pixel, (N,H,W)."""
+    check_labels(target, logits.shape[1], ignore_index)
+    loss_map = logits.new_empty(target.shape, dtype=accumulator(logits.dtype))
+    inputs = (logits, target, pixel_weight, class_weight, ignore_index, align_corners)
+    if use_triton(impl, logits.device):
+        launch_forward(*inputs, loss_map)
+    else:
+        cross_entropy_reference(*inputs, False, loss_map)
+    return loss_map
+
+
+@cross_entropy_map_op.register_fake
+def _(logits, target, pixel_weight, class_weight, ignore_index, align_corners, impl):
+    return logits.new_empty(target.shape, dtype=accumulator(logits.dtype))
+
+
+def check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise ValueError if a label on a CPU is outside the classes; on a GPU that would cost a synchronisation."""
+    if target.device.type != "cpu":
+        return
+    valid = target[target != ignore_index]
+    if valid.numel() and not 0 <= int(valid.min()) <= int(valid.max()) < classes:
+        wrong = int(valid.min()) if int(valid.min()) < 0 else int(valid.max())
+        raise ValueError(f"label {wrong} in target, but there are {classes} classes (ignored: {ignore_index})")

@@ -1,0 +1,260 @@
+"""Bilinear interpolation inside a kernel, one lane a cell; and the choice between Triton and PyTorch.
+
+Between two neighbouring rows and two neighbouring columns of the low-resolution logits lies a *cell*: all output pixels in it
+are interpolated from the same four *nodes*, its corners.
+
+        node (i-1,j-1) *---------------* node (i-1,j)         cell (i,j), i = 0..h, j = 0..w
+                       |  o   o   o   o |                     o: its output pixels, about (H/h) x (W/w) of them
+                       |  o   o   o   o |
+                       |  o   o   o   o |                     The outermost cells lie half outside: their missing corners
+                       |  o   o   o   o |                     are those of the border (nothing lies there with
+        node   (i,j-1) *---------------* node   (i,j)         align_corners, except on the last row and column).
+
+A lane loads the four corners of its cell once a class and makes the values of all its pixels in registers, one fused
+multiply-add each. A cell has a varying number of pixels where the ratio is not an integer; `Axis` tells which.
+"""
+
+import functools
+import os
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ImportError:  # macOS and Windows have no Triton: the PyTorch references serve there
+    triton = None
+
+    def jit(function):
+        """Leave a kernel as it is; it is never called."""
+        return function
+
+    class tl:
+        """Enough of triton.language to define the kernels' signatures."""
+
+        constexpr = staticmethod(lambda value: value)
+
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+CELL_LANES = 32  # cells of a program: one warp, so that neighbours exchange values by shuffles
+
+
+def use_triton(impl: str, device: torch.device) -> bool:
+    """Whether `impl` means the Triton kernel for tensors on `device`.
+
+    Raises:
+        ValueError: an unknown name, or "triton" where no Triton kernel can run.
+    """
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f"impl {impl!r}: auto, triton or torch")
+    possible = triton is not None and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+    if impl == "triton" and not possible:
+        why = "Triton is not installed" if triton is None else f"tensors are on {device.type}"
+        raise ValueError(
+            f"impl='triton' needs a GPU, or TRITON_INTERPRET=1 to interpret the kernels slowly: {why}; use 'torch'"
+        )
+    return possible and impl != "torch"
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The type to compute in: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tl_type(dtype: torch.dtype):
+    """Triton's name of a type to compute in."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def register_limit(device: torch.device) -> dict[str, int]:
+    """Launch option of a kernel that takes a few more than 128 registers unless told not to; NVIDIA's compiler knows it."""
+    return {"maxnreg": 128} if device.type == "cuda" and not torch.version.hip else {}
+
+
+class Axis(NamedTuple):
+    """Where the output positions of one axis lie between the nodes.
+
+    Attributes:
+        first: (nodes + 2,) int32; cell k holds the output positions first[k] to first[k+1] - 1.
+        weight: (outputs,) weight of the cell's second node; the first one has the rest.
+        slots: most positions of a cell.
+        ratio: positions of each cell where they are the multiples of 1/ratio (align_corners, integer ratio), else 0.
+    """
+
+    first: Tensor
+    weight: Tensor
+    slots: int
+    ratio: int
+
+
+@functools.lru_cache(maxsize=256)
+def axis(nodes: int, outputs: int, align_corners: bool, dtype: torch.dtype, device: torch.device) -> Axis:
+    """The cells of one axis, by exact integer arithmetic; kept, so that a training run builds and uploads them once."""
+    output = torch.arange(outputs)
+    if align_corners:
+        numerator, denominator = output * (nodes - 1), max(outputs - 1, 1)
+    else:
+        numerator, denominator = (2 * output + 1) * nodes - outputs, 2 * outputs
+    cell = torch.div(numerator, denominator, rounding_mode="floor") + 1
+    weight = (numerator - (cell - 1) * denominator).double() / denominator
+    weight[cell == 0] = 1.0  # the outermost cells have the same node on both sides: give it all to the one inside
+    weight[cell == nodes] = 0.0
+    first = torch.searchsorted(cell, torch.arange(nodes + 2))
+    integer = align_corners and nodes > 1 and (outputs - 1) % (nodes - 1) == 0
+    return Axis(
+        first.to(device, torch.int32),
+        weight.to(device, dtype),
+        int(first.diff().max()),
+        (outputs - 1) // (nodes - 1) if integer else 0,
+    )
+
+
+class Plan(NamedTuple):
+    """How a kernel walks over the cells: `ROWS` x `COLUMNS` pixels of a cell at a time, in so many parts."""
+
+    y: Axis
+    x: Axis
+    ratio: int
+    rows: int
+    columns: int
+    row_parts: int
+    column_parts: int
+
+
+def plan(logits: Tensor, size: tuple[int, int], align_corners: bool, max_pixels: int) -> Plan:
+    """The plan for logits (N,C,h,w) that are interpolated to `size` = (H,W), `max_pixels` a lane at a time."""
+    dtype = accumulator(logits.dtype)
+    y, x = (axis(n, m, align_corners, dtype, logits.device) for n, m in zip(logits.shape[2:], size, strict=True))
+    column_parts = triton.cdiv(x.slots, 8)
+    columns = triton.cdiv(x.slots, column_parts)
+    rows = min(y.slots, max(max_pixels // columns, 1))
+    return Plan(y, x, y.ratio if y.ratio == x.ratio else 0, rows, columns, triton.cdiv(y.slots, rows), column_parts)
+
+
+@jit
+def cell_axis(cell, first_ptr, weight_ptr, start, outputs, SLOTS: tl.constexpr, RATIO: tl.constexpr, ACC: tl.constexpr):
+    """For each of SLOTS positions of a cell from its position `start` on: where it is, its weight, whether it exists."""
+    where = ()
+    weight = ()
+    exists = ()
+    if RATIO > 0:
+        begin = (cell - 1) * RATIO + start
+        end = tl.where(cell > 0, tl.minimum(cell * RATIO, outputs), -RATIO)
+    else:
+        begin = tl.load(first_ptr + cell) + start
+        end = tl.load(first_ptr + cell + 1)
+    for s in tl.static_range(SLOTS):
+        position = begin + s
+        there = position < end
+        if RATIO > SLOTS:
+            w = tl.zeros(cell.shape, ACC) + (start + s).to(ACC) * (1.0 / RATIO)
+        elif RATIO > 0:
+            w = tl.full(cell.shape, s / RATIO, ACC)
+        else:
+            w = tl.load(weight_ptr + position, mask=there, other=0.0)
+        where = where + (position,)
+        weight = weight + (w,)
+        exists = exists + (there,)
+    return where, weight, exists
+
+
+@jit
+def cell_corners(row, column, h, w):
+    """Offsets of a cell's four corners in a class plane of h x w nodes; corners outside are those of the border."""
+    top = tl.maximum(row - 1, 0) * w
+    bottom = tl.minimum(row, h - 1) * w
+    left = tl.maximum(column - 1, 0)
+    right = tl.minimum(column, w - 1)
+    return top + left, top + right, bottom + left, bottom + right
+
+
+@jit
+def load_corners(ptr, corners, ACC: tl.constexpr):
+    """The four corners' logits, times log2(e): all that follows uses powers of two, the GPU's own."""
+    a = tl.load(ptr + corners[0]).to(ACC) * LOG2E
+    b = tl.load(ptr + corners[1]).to(ACC) * LOG2E
+    c = tl.load(ptr + corners[2]).to(ACC) * LOG2E
+    d = tl.load(ptr + corners[3]).to(ACC) * LOG2E
+    return a, b, c, d
+
+
+@jit
+def interpolate_row(corner, r: tl.constexpr, weight_y, weight_x, COLUMNS: tl.constexpr, ON_NODE: tl.constexpr):
+    """Values of the COLUMNS pixels in a cell's row r. ON_NODE: the first row and column have weight 0."""
+    if ON_NODE and r == 0:
+        left = corner[0]
+        rise = corner[1] - corner[0]
+    else:
+        left = corner[0] + (corner[2] - corner[0]) * weight_y[r]
+        rise = corner[1] + (corner[3] - corner[1]) * weight_y[r] - left
+    value = ()
+    for s in tl.static_range(COLUMNS):
+        if ON_NODE and s == 0:
+            value = value + (left,)
+        else:
+            value = value + (left + rise * weight_x[s],)
+    return value
+
+
+@jit
+def log_sum_exp(
+    logits_ptr, corners, plane, weight_y, weight_x,
+    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ON_NODE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """log2 sum_c 2^z(c) of a cell's ROWS x COLUMNS pixels, in two passes over the classes: maximum, sum.
+
+    One pass with a running maximum of the corners is cheaper, but the sum underflows where neighbouring nodes are sure of
+    different classes.
+    """
+    highest = ()
+    for k in tl.static_range(ROWS * COLUMNS):
+        highest = highest + (tl.full(corners[0].shape, float("-inf"), ACC),)
+    class_ptr = logits_ptr
+    for _ in range(C):
+        corner = load_corners(class_ptr, corners, ACC)
+        class_ptr += plane
+        higher = ()
+        for r in tl.static_range(ROWS):
+            z = interpolate_row(corner, r, weight_y, weight_x, COLUMNS, ON_NODE)
+            for s in tl.static_range(COLUMNS):
+                higher = higher + (tl.maximum(highest[r * COLUMNS + s], z[s]),)
+        highest = higher
+
+    total = ()
+    for k in tl.static_range(ROWS * COLUMNS):
+        total = total + (tl.zeros(corners[0].shape, ACC),)
+    class_ptr = logits_ptr
+    for _ in range(C):
+        corner = load_corners(class_ptr, corners, ACC)
+        class_ptr += plane
+        more = ()
+        for r in tl.static_range(ROWS):
+            z = interpolate_row(corner, r, weight_y, weight_x, COLUMNS, ON_NODE)
+            for s in tl.static_range(COLUMNS):
+                more = more + (total[r * COLUMNS + s] + tl.exp2(z[s] - highest[r * COLUMNS + s]),)
+        total = more
+
+    result = ()
+    for k in tl.static_range(ROWS * COLUMNS):
+        result = result + (highest[k] + tl.log2(total[k]),)
+    return result
+
+
+def chunks(logits: Tensor, size: tuple[int, int]) -> list[slice]:
+    """Slices of the batch of about 32 MB of full-resolution float32 logits each, at least one picture."""
+    count = max(2**23 // (logits.shape[1] * size[0] * size[1]), 1)
+    return [slice(start, start + count) for start in range(0, len(logits), count)]
+
+
+def upsample(logits: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    """Bilinear interpolation in plain PyTorch, in float32 (float64 stays), skipped where the size is right already."""
+    logits = logits.to(accumulator(logits.dtype))
+    if logits.shape[2:] == tuple(size):
+        return logits
+    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=align_corners)
