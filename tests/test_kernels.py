@@ -443,23 +443,25 @@ def test_training_with_kernels_follows_training_without(where, rt):
     torch.manual_seed(0)
     networks = {name: network.to(device).train() for name, network in cps.build_networks(args, data, rt).items()}
     plain = copy.deepcopy(networks)
-    optimizers = [torch.optim.SGD([p for f in each.values() for p in f.parameters()], lr=0.05) for each in (networks, plain)]
+    optimizers = [torch.optim.SGD([p for f in each.values() for p in f.parameters()], lr=0.001) for each in (networks, plain)]
     for iteration, batches in zip(range(3), cps.load_batches(args, data, rt, 0, 3), strict=True):
         batches = [rt.to_device(batch) for batch in batches]
+        torch.manual_seed(iteration)  # dropout
         found = cps.train_step(networks, optimizers[0], batches, iteration, args, data, rt)["loss"]
-        with monkeypatched_operations():
+        torch.manual_seed(iteration)
+        with plain_operations():
             expected = cps.train_step(plain, optimizers[1], batches, iteration, args, data, rt)["loss"]
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+        # A label that falls to the other side of a tie changes the mean over 2 x 32 x 32 pixels by up to 1 in 1000.
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
 
 
 @contextmanager
-def monkeypatched_operations():
+def plain_operations():
     """The two operations of CPS by torch at full resolution."""
 
     def naive_cross_entropy(logits, target, ignore_index, reduction, impl):
-        return F.cross_entropy(
-            upsampled(logits, target.shape[1:]).float(), target.long(), ignore_index=ignore_index, reduction=reduction
-        )
+        logits = upsampled(logits, target.shape[1:]).float()
+        return F.cross_entropy(logits, target.long(), ignore_index=ignore_index, reduction=reduction)
 
     def naive_pseudo_label(logits, size, impl):
         return PseudoLabel(upsampled(logits, size).argmax(1).to(torch.uint8), None, None)
