@@ -73,7 +73,7 @@ def cross_entropy_reference(
         if z.data_ptr() == logits[some].data_ptr():
             z = z.clone()
         of_label = z.gather(1, label)
-        highest = z.max(1, keepdim=True).values
+        highest = z.amax(1, keepdim=True)
         total = z.sub_(highest).exp_().sum(1, keepdim=True)
         loss = (weight[:, None] * (total.log() + highest - of_label)).where(valid[:, None], 0)[:, 0]
         loss_sum += loss.sum(dtype=torch.float64)
@@ -219,7 +219,7 @@ def check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
     """Raise ValueError if a label on a CPU is outside the classes; on a GPU that would cost a synchronisation."""
     if target.device.type != "cpu":
         return
-    valid = target[target != ignore_index]
-    if valid.numel() and not 0 <= int(valid.min()) <= int(valid.max()) < classes:
-        wrong = int(valid.min()) if int(valid.min()) < 0 else int(valid.max())
+    outside = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if outside.any():
+        wrong = target[outside][0].item()
         raise ValueError(f"label {wrong} in target, but there are {classes} classes (ignored: {ignore_index})")

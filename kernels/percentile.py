@@ -34,7 +34,8 @@ def masked_percentile_reference(values: Tensor, valid_mask: Tensor, q: Tensor) -
         rank = (len(data) - 1) * (q.double() / 100)
         low = rank.floor().long()
         high = (low + 1).clamp(max=len(data) - 1)
-        data = torch.from_numpy(np.partition(data, torch.cat([low, high]).unique().numpy()))
+        data.partition(torch.cat([low, high]).unique().numpy())
+        data = torch.from_numpy(data)
     else:
         count = valid_mask.sum()
         data = values.float().masked_fill(~valid_mask, float("inf")).flatten().sort().values
@@ -243,7 +244,7 @@ def masked_percentile(values: Tensor, valid_mask: Tensor, q: float | Sequence[fl
 def drop_unreliable_reference(label: Tensor, entropy: Tensor, threshold: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """The operation in plain PyTorch."""
     label = label.masked_fill(entropy >= threshold, ignore_index)
-    return label, (label != ignore_index).sum()
+    return label, torch.count_nonzero(label != ignore_index)
 
 
 @jit

@@ -52,12 +52,16 @@ def pseudo_label_reference(
         highest, best = z.max(1, keepdim=True)
         label[some] = best[:, 0]
         if with_confidence or with_entropy:
-            z = z.sub_(highest) if z.data_ptr() != logits[some].data_ptr() else z - highest
-            total = z.exp_().sum(1, keepdim=True)
+            total, mean = torch.zeros_like(highest[:, 0]), torch.zeros_like(highest[:, 0])  # Z and T
+            for plane in z.unbind(1):  # class by class, so that no second full-resolution tensor is needed
+                d = plane - highest[:, 0]
+                e = d.exp()
+                total += e
+                mean.addcmul_(e, d)
             if with_confidence:
-                confidence[some] = (1 / total)[:, 0]
+                confidence[some] = 1 / total
             if with_entropy:
-                entropy[some] = torch.special.entr(z.div_(total), out=z).sum(1)
+                entropy[some] = (total.log() - mean / total).clamp_min(0)
     return label, confidence, entropy
 
 
