@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import v2
 
 from common import InputError
 
@@ -157,3 +158,25 @@ def normalise(pixels: Tensor, valid_mask: Tensor | None = None) -> Tensor:
         images = images * valid_mask[..., None]
     images = images.permute(0, 3, 1, 2)
     return images if images.is_cuda else images.contiguous()
+
+
+# Strong augmentations: each takes and returns pixels (H,W,3) uint8, and draws from torch's global generator, which the loader
+# seeds for each sample.
+
+
+@lru_cache
+def _photometric(jitter: tuple[float, float, float, float], blur: bool) -> v2.Transform:
+    steps = [v2.RandomApply([v2.ColorJitter(*jitter)], p=0.8), v2.RandomGrayscale(p=0.2)]
+    if blur:
+        steps.append(v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], p=0.5))  # 13: three sigmas each way
+    return v2.Compose(steps)
+
+
+def cutmix_seg_jitter(pixels: Tensor) -> Tensor:
+    """What CutMix-Seg's student alone sees: brightness, contrast, saturation 0.4, hue 0.1 (chance 0.8); grey (0.2)."""
+    return _photometric((0.4, 0.4, 0.4, 0.1), False)(pixels.permute(2, 0, 1)).permute(1, 2, 0)
+
+
+def st_jitter(pixels: Tensor) -> Tensor:
+    """ST's photometric part: brightness, contrast, saturation 0.5, hue 0.25 (0.8); grey (0.2); blur of U(0.1, 2) (0.5)."""
+    return _photometric((0.5, 0.5, 0.5, 0.25), True)(pixels.permute(2, 0, 1)).permute(1, 2, 0)

@@ -10,7 +10,7 @@ import argparse
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -174,11 +174,20 @@ class TrainSet(Dataset):
     """Randomly cropped pictures.
 
     A sample is a dict: `image` (crop,crop,3) uint8 RGB, `valid_mask` (crop,crop) bool, False on the padding at the right
-    and the bottom, `name`, and, of labelled pictures, `target` (crop,crop) uint8 with 255 where ignored or padded.
+    and the bottom, `name`, and, of labelled pictures, `target` (crop,crop) uint8 with 255 where ignored or padded. A `strong`
+    augmentation of the pixels adds what it makes of the image, as `image_strong`.
     """
 
-    def __init__(self, data: DataSource, items: tuple[Item, ...], augment: WeakAugment, seed: int, stream: int):
-        self.data, self.items, self.augment, self.seed, self.stream = data, items, augment, seed, stream
+    def __init__(
+        self,
+        data: DataSource,
+        items: tuple[Item, ...],
+        augment: WeakAugment,
+        seed: int,
+        stream: int,
+        strong: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ):
+        self.data, self.items, self.augment, self.seed, self.stream, self.strong = data, items, augment, seed, stream, strong
         self.table = np.array(data.label_map, np.uint8)
 
     def __getitem__(self, key: Key) -> dict:
@@ -188,8 +197,11 @@ class TrainSet(Dataset):
             torch.default_generator.manual_seed(derive_seed(self.seed, self.stream, key.epoch, key.position))
             picture, mask = read(item, self.data, self.table)
             window = self.augment.draw(*picture.size)
-        path = item.image if isinstance(item.image, Path) else None
-        return {"name": item.name, **crop_sample(picture, mask, window, self.augment.crop, path)}
+            path = item.image if isinstance(item.image, Path) else None
+            sample = {"name": item.name, **crop_sample(picture, mask, window, self.augment.crop, path)}
+            if self.strong:
+                sample["image_strong"] = self.strong(sample["image"])
+        return sample
 
 
 def crop_sample(picture: Image.Image, mask: Image.Image | None, window: Window, crop: int, path: Path | None = None) -> dict:
@@ -243,7 +255,14 @@ def _loader(dataset: Dataset, args: argparse.Namespace, **options) -> DataLoader
 
 
 def train_loader(
-    data: DataSource, items: tuple[Item, ...], stream: int, args: argparse.Namespace, rt, start: int, stop: int
+    data: DataSource,
+    items: tuple[Item, ...],
+    stream: int,
+    args: argparse.Namespace,
+    rt: Runtime,
+    start: int,
+    stop: int,
+    strong: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> DataLoader:
     """Batches of `items` for iterations `start` to `stop`.
 
@@ -255,12 +274,14 @@ def train_loader(
         rt: the process (rank and world size).
         start: first iteration.
         stop: one past the last.
+        strong: makes `image_strong` of the cropped pixels, or None.
     """
     if not items:
         raise InputError(
             f"{data.protocol}: no unlabelled picture is left for this method; use supervised.py, or a smaller --split"
         )
-    dataset = TrainSet(data, items, WeakAugment(args.crop_size, scale_rule(args.scale)), args.seed, stream)
+    augment = WeakAugment(args.crop_size, scale_rule(args.scale))
+    dataset = TrainSet(data, items, augment, args.seed, stream, strong)
     sampler = StreamSampler(len(items), args.batch_size, args.seed, stream, start, stop, rt.rank, rt.world)
     return _loader(dataset, args, batch_sampler=sampler)
 

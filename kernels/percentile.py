@@ -14,7 +14,6 @@ Several percentiles share the passes; in ascending order, those that agree in th
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
