@@ -160,8 +160,8 @@ def normalise(pixels: Tensor, valid_mask: Tensor | None = None) -> Tensor:
     return images if images.is_cuda else images.contiguous()
 
 
-# Strong augmentations: each takes and returns pixels (H,W,3) uint8, and draws from torch's global generator, which the loader
-# seeds for each sample.
+# Strong augmentations take and return pixels (H,W,3) uint8 and draw from torch's global generator, which the loader seeds for
+# each sample.
 
 
 @lru_cache
@@ -172,11 +172,39 @@ def _photometric(jitter: tuple[float, float, float, float], blur: bool) -> v2.Tr
     return v2.Compose(steps)
 
 
-def cutmix_seg_jitter(pixels: Tensor) -> Tensor:
-    """What CutMix-Seg's student alone sees: brightness, contrast, saturation 0.4, hue 0.1 (chance 0.8); grey (0.2)."""
+def colour_jitter(pixels: Tensor) -> Tensor:
+    """CutMix-Seg's: brightness, contrast, saturation 0.4, hue 0.1 (chance 0.8); grey (0.2)."""
     return _photometric((0.4, 0.4, 0.4, 0.1), False)(pixels.permute(2, 0, 1)).permute(1, 2, 0)
 
 
-def st_jitter(pixels: Tensor) -> Tensor:
-    """ST's photometric part: brightness, contrast, saturation 0.5, hue 0.25 (0.8); grey (0.2); blur of U(0.1, 2) (0.5)."""
+def colour_jitter_and_blur(pixels: Tensor) -> Tensor:
+    """ST's: brightness, contrast, saturation 0.5, hue 0.25 (chance 0.8); grey (0.2); blur with σ from U(0.1, 2) (0.5)."""
     return _photometric((0.5, 0.5, 0.5, 0.25), True)(pixels.permute(2, 0, 1)).permute(1, 2, 0)
+
+
+def cutout(pixels: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """ST's Cutout, with chance 0.5: a box of random pixels, ignored in the target.
+
+    Its area is U(0.02, 0.4) of the picture, its aspect ratio U(0.3, 1/0.3); a box that does not fit is drawn again.
+
+    Args:
+        pixels: (H,W,3) uint8.
+        target: (H,W) uint8.
+
+    Returns:
+        New tensors, or the same ones where nothing is cut.
+    """
+    height, width = target.shape
+    if uniform(0, 1) >= 0.5:
+        return pixels, target
+    while True:
+        area, aspect = uniform(0.02, 0.4) * height * width, uniform(0.3, 1 / 0.3)
+        rows, columns = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if 0 < rows <= height and 0 < columns <= width:
+            break
+    top, left = (int(torch.randint(whole - part + 1, ())) for whole, part in ((height, rows), (width, columns)))
+    pixels, target = pixels.clone(), target.clone()
+    noise = torch.randint(0, 256, (rows, columns, 3), dtype=torch.uint8)
+    pixels[top : top + rows, left : left + columns] = noise
+    target[top : top + rows, left : left + columns] = IGNORE
+    return pixels, target

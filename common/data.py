@@ -26,6 +26,8 @@ from common.augment import IGNORE, IMAGENET_MEAN, IMAGENET_STD, ScaleFrom, WeakA
 from common.datasets import DataSource, Item
 from common.runtime import Runtime, derive_seed, ignore_interrupts
 
+IDENTITY = np.arange(256, dtype=np.uint8)  # for masks whose values are labels
+
 
 class Key(NamedTuple):
     """Which sample: picture `index`, at `position` of the shuffled list of `epoch`."""
@@ -133,11 +135,14 @@ def open_mask(path: Path, size: tuple[int, int], table: np.ndarray, num_classes:
 
 def read(item: Item, data: DataSource, table: np.ndarray) -> tuple[Image.Image, Image.Image | None]:
     """Picture (opened, maybe not decoded) and mask of an item."""
+    table = IDENTITY if item.pseudo else table
     if isinstance(item.image, int):
         pixels, target = shapes.draw(item.image)
-        return Image.fromarray(pixels), None if item.mask is None else Image.fromarray(target)
-    picture = open_picture(item.image)
-    return picture, None if item.mask is None else open_mask(item.mask, picture.size, table, data.num_classes)
+        picture = Image.fromarray(pixels)
+        mask = Image.fromarray(target) if isinstance(item.mask, int) else None
+    else:
+        picture, mask = open_picture(item.image), None
+    return picture, open_mask(item.mask, picture.size, table, data.num_classes) if isinstance(item.mask, Path) else mask
 
 
 def load_data(args: argparse.Namespace, rt: Runtime) -> DataSource:
@@ -174,8 +179,8 @@ class TrainSet(Dataset):
     """Randomly cropped pictures.
 
     A sample is a dict: `image` (crop,crop,3) uint8 RGB, `valid_mask` (crop,crop) bool, False on the padding at the right
-    and the bottom, `name`, and, of labelled pictures, `target` (crop,crop) uint8 with 255 where ignored or padded. A `strong`
-    augmentation of the pixels adds what it makes of the image, as `image_strong`.
+    and the bottom, `name`, and, of labelled pictures, `target` (crop,crop) uint8 with 255 where ignored or padded. `strong`
+    gets the sample and its item and returns the sample to use.
     """
 
     def __init__(
@@ -185,7 +190,7 @@ class TrainSet(Dataset):
         augment: WeakAugment,
         seed: int,
         stream: int,
-        strong: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        strong: Callable[[dict, Item], dict] | None = None,
     ):
         self.data, self.items, self.augment, self.seed, self.stream, self.strong = data, items, augment, seed, stream, strong
         self.table = np.array(data.label_map, np.uint8)
@@ -200,7 +205,7 @@ class TrainSet(Dataset):
             path = item.image if isinstance(item.image, Path) else None
             sample = {"name": item.name, **crop_sample(picture, mask, window, self.augment.crop, path)}
             if self.strong:
-                sample["image_strong"] = self.strong(sample["image"])
+                sample = self.strong(sample, item)
         return sample
 
 
@@ -226,7 +231,7 @@ def crop_sample(picture: Image.Image, mask: Image.Image | None, window: Window, 
 
 
 class EvalSet(Dataset):
-    """Whole pictures: `image` (H,W,3) uint8, `target` (H,W) uint8 with 255 where ignored, `name`."""
+    """Whole pictures: `image` (H,W,3) uint8, `name`, and `target` (H,W) uint8 with 255 where ignored, if there is a mask."""
 
     def __init__(self, data: DataSource, items: tuple[Item, ...]):
         self.data, self.items, self.table = data, items, np.array(data.label_map, np.uint8)
@@ -238,11 +243,8 @@ class EvalSet(Dataset):
         item = self.items[index]
         picture, mask = read(item, self.data, self.table)
         picture = to_rgb(picture, item.image)
-        return {
-            "image": torch.from_numpy(np.array(picture)),
-            "target": torch.from_numpy(np.array(mask)),
-            "name": item.name,
-        }
+        sample = {"image": torch.from_numpy(np.array(picture)), "name": item.name}
+        return sample if mask is None else {**sample, "target": torch.from_numpy(np.array(mask))}
 
 
 def _loader(dataset: Dataset, args: argparse.Namespace, **options) -> DataLoader:
@@ -262,7 +264,7 @@ def train_loader(
     rt: Runtime,
     start: int,
     stop: int,
-    strong: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    strong: Callable[[dict, Item], dict] | None = None,
 ) -> DataLoader:
     """Batches of `items` for iterations `start` to `stop`.
 
@@ -274,7 +276,7 @@ def train_loader(
         rt: the process (rank and world size).
         start: first iteration.
         stop: one past the last.
-        strong: makes `image_strong` of the cropped pixels, or None.
+        strong: further augmentation of a sample, see `TrainSet`.
     """
     if not items:
         raise InputError(
@@ -289,6 +291,16 @@ def train_loader(
 def eval_loader(data: DataSource, items: tuple[Item, ...], args: argparse.Namespace, rt) -> DataLoader:
     """This process's share of whole pictures, none twice: rank r takes every world-th picture."""
     return _loader(EvalSet(data, items[rt.rank :: rt.world]), args, batch_size=data.val_batch)
+
+
+def equal_size_loader(data: DataSource, items: tuple[Item, ...], args: argparse.Namespace, rt, batch: int = 8) -> DataLoader:
+    """This process's share of whole pictures as `eval_loader`, but in batches of up to `batch` pictures of one size."""
+    mine = items[rt.rank :: rt.world]
+    groups: dict[tuple[int, int] | None, list[int]] = {}
+    for index, item in enumerate(mine):
+        groups.setdefault(open_picture(item.image).size if isinstance(item.image, Path) else None, []).append(index)
+    batches = [group[start : start + batch] for group in groups.values() for start in range(0, len(group), batch)]
+    return _loader(EvalSet(data, mine), args, batch_sampler=batches)
 
 
 # ------------------------------------------------------------------------------------------------------------ benchmark

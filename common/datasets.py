@@ -44,11 +44,15 @@ SHAPES_COLOURS = ((0, 0, 0), (220, 60, 60), (240, 200, 40), (60, 180, 75), (0, 1
 
 @dataclass(frozen=True)
 class Item:
-    """One picture: its id, its file (or its number in `shapes`), and its mask where training or evaluation may open it."""
+    """One picture: its id, its file (or its number in `shapes`), and its mask where training or evaluation may open it.
+
+    The mask is `pseudo` if a network made it: its values are labels already, whatever the data set's own masks hold.
+    """
 
     name: str
     image: Path | int
     mask: Path | int | None = None
+    pseudo: bool = False
 
 
 @dataclass(frozen=True)

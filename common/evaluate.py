@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.augment import IGNORE, normalise
-from common.runtime import Runtime, Stopped
+from common.runtime import Runtime
 from kernels import pseudo_label
 
 
@@ -116,8 +116,7 @@ def evaluate(
     tuned, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # pictures of many sizes
     try:
         for batch in loader:
-            if rt.signal is not None and rt.world == 1:  # several processes finish together
-                raise Stopped(rt.signal)
+            rt.check_signal()
             batch = rt.to_device(batch)
             images = normalise(batch["image"])
             with rt.autocast():

@@ -86,3 +86,24 @@ def predictions(
     figure.legend(shown_classes, data.classes, loc="outside lower center", ncols=min(len(data.classes), 7), fontsize=8)
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def reliability_figure(points: list[tuple[float, float, bool]], path: Path) -> None:
+    """How good the pseudo-masks of reliable and other pictures are.
+
+    Args:
+        points: (reliability score, mIoU of the mask against the truth, whether reliable) of each picture.
+        path: of the PNG.
+    """
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    for chosen, label in ((True, "reliable"), (False, "unreliable")):
+        part = [(score, 100 * miou) for score, miou, reliable in points if reliable == chosen]
+        if part:
+            mean = sum(miou for _, miou in part) / len(part)
+            axis.scatter(*zip(*part), s=10, label=f"{label}: {len(part)}, mean {mean:.1f}")
+    axis.set(xlabel="reliability score", ylabel="mIoU of the picture's pseudo-mask, %")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

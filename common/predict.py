@@ -22,6 +22,7 @@ from common.data import open_picture, to_rgb
 from common.datasets import pictures
 from common.deeplabv3plus import DeepLabV3Plus
 from common.evaluate import predict
+from common.masks import write_mask
 
 
 def load_network(run: Path, which: str, name: str | None, device: torch.device) -> tuple[nn.Module, dict]:
@@ -48,9 +49,7 @@ def load_network(run: Path, which: str, name: str | None, device: torch.device) 
 
 def save_prediction(picture: Image.Image, labels: torch.Tensor, colours: list, name: str, output: Path) -> None:
     """Write the indexed mask and the overlay of one picture."""
-    mask = Image.fromarray(labels.to(torch.uint8).numpy())
-    mask.putpalette([value for colour in colours for value in colour])
-    mask.save(output / "masks" / f"{name}.png")
+    write_mask(output / "masks" / f"{name}.png", labels, colours)
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     classes = torch.arange(len(colours))[:, None, None]
     overlay = draw_segmentation_masks(pixels, labels[None] == classes, alpha=0.5, colors=list(map(tuple, colours)))

@@ -137,6 +137,14 @@ class Runtime:
             dist.all_reduce(value)
         return value
 
+    def gather(self, mine: dict) -> dict:
+        """The entries of all processes' dicts."""
+        parts = [mine]
+        if self.world > 1:
+            parts = [None] * self.world
+            dist.all_gather_object(parts, mine)
+        return {key: value for part in parts for key, value in part.items()}
+
     def average_buffers(self, networks: dict[str, nn.Module]) -> None:
         """Average BatchNorm statistics over processes, before evaluating or saving (SyncBatchNorm keeps them equal)."""
         if self.world == 1:
@@ -160,6 +168,11 @@ class Runtime:
         dist.all_reduce(asked, dist.ReduceOp.MAX)
         self.signal = int(asked.item()) or None
         return self.signal is not None
+
+    def check_signal(self) -> None:
+        """Raise Stopped if a signal arrived; several processes finish together what they are at."""
+        if self.signal is not None and self.world == 1:
+            raise Stopped(self.signal)
 
     def check_finite(self, loss: Tensor, iteration: int, names: list[str]) -> None:
         """Stop if the loss is NaN or infinite.
@@ -189,6 +202,12 @@ class Runtime:
             ready.synchronize()
         if not torch.isfinite(value):
             raise NotFinite(f"the loss is {value.item()} at iteration {iteration}; its pictures: {', '.join(names)}")
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """The network inside what `Runtime.wrap` made of it."""
+    network = getattr(network, "_orig_mod", network)
+    return getattr(network, "module", network)
 
 
 def start(args: argparse.Namespace) -> Runtime:

@@ -11,6 +11,8 @@ import torch.multiprocessing as mp
 from conftest import settings
 
 import cps
+import mean_teacher
+import stpp
 import supervised
 from common import InputError, checkpoint, cli, datasets, runtime
 from common.augment import ScaleFrom, WeakAugment
@@ -78,7 +80,8 @@ def test_a_loss_that_is_not_finite_names_iteration_and_pictures(rt):
 def test_the_scripts_main_is_the_same_line_for_line():
     import inspect
 
-    assert inspect.getsource(cps.main) == inspect.getsource(supervised.main)
+    for script in (supervised, mean_teacher, stpp):
+        assert inspect.getsource(script.main) == inspect.getsource(cps.main)
 
 
 def test_cps_stays_short_enough_to_read():

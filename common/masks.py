@@ -1,0 +1,32 @@
+"""Label maps as indexed PNGs in a data set's colours."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common import InputError
+
+
+def write_mask(path: Path, labels: Tensor, colours: list | tuple) -> None:
+    """Write labels (H,W) as an indexed PNG, value = label, palette = `colours`; whole or not at all.
+
+    Raises:
+        InputError: the disk is full or the folder cannot be written to.
+    """
+    picture = Image.fromarray(labels.to(torch.uint8).numpy())
+    picture.putpalette([value for colour in colours for value in colour])
+    part = path.with_suffix(".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(part, format="PNG")
+        part.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}") from None
+
+
+def read_mask(path: Path) -> Tensor:
+    """Labels (H,W) uint8 of such a file."""
+    return torch.from_numpy(np.array(Image.open(path)))
