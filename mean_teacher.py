@@ -59,7 +59,7 @@ from common.report import Report
 from common.runtime import Runtime
 
 # The schedules are those of cps.py, whose authors compare with Mean Teacher; sources there. unsup_weight: w without and with
-# CutMix; 100 is theirs, 1 is French et al.'s. On shapes, trained from scratch, 100 is too much (README): 10, chosen on seed 100.
+# CutMix; 100 is theirs, 1 is French et al.'s. On shapes, trained from scratch, 100 is too much (README): 10, found on seed 100.
 # fmt: off
 PRESETS = {
     "shapes": {"max_iters": 1400, "lr": 0.1, "weight_decay": 1e-4, "crop_size": 64, "unsup_weight": (10.0, 1.0)},
