@@ -7,6 +7,8 @@ import pytest
 from conftest import ROOT, run
 
 import cps
+import mean_teacher
+import stpp
 import supervised
 
 README = (ROOT / "README.md").read_text()
@@ -23,14 +25,17 @@ def test_the_first_two_commands_are_all_the_set_up():
     assert COMMANDS[1] in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if " cps.py" in command or " supervised.py" in command])
+SCRIPTS = {script.__file__.rsplit("/", 1)[-1]: script for script in (cps, mean_teacher, stpp, supervised)}
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if any(f" {name}" in command for name in SCRIPTS)])
 def test_every_script_command_has_flags_that_exist(command: str):
     words = shlex.split(command)
     name = next(word for word in words if word.endswith(".py"))
     arguments = words[words.index(name) + 1 :]
     if "--help" in arguments or "--resume" in arguments:
         return
-    {"cps.py": cps, "supervised.py": supervised}[name].parse_args(arguments)
+    SCRIPTS[name].parse_args(arguments)
 
 
 def test_module_commands_exist():

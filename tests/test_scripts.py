@@ -81,12 +81,15 @@ def test_metrics_have_one_row_a_log_line_and_evaluation(finished):
     assert total == pytest.approx([float(cell) for cell in columns["loss"] if cell], rel=1e-4)
 
 
-@pytest.mark.parametrize("script", ["cps.py", "supervised.py"])
-def test_killed_and_resumed_ends_with_the_same_weights(script: str, finished, tmp_path):
+@pytest.mark.parametrize(
+    "command", ["cps.py", "supervised.py", "mean_teacher.py", "mean_teacher.py --cutmix"], ids=lambda command: command
+)
+def test_killed_and_resumed_ends_with_the_same_weights(command: str, finished, tmp_path):
+    script, *flags = command.split()
     if script != "cps.py":
         finished = tmp_path / "whole"
-        run(script, *SHORT, "--output-dir", finished)
-    process = start(script, *SHORT, "--output-dir", tmp_path / "killed")
+        run(script, *flags, *SHORT, "--output-dir", finished)
+    process = start(script, *flags, *SHORT, "--output-dir", tmp_path / "killed")
     wait_for(process, "iter      8/12")
     process.kill()
     process.wait()
@@ -307,6 +310,21 @@ def test_sigterm_to_torchrun_with_loader_workers_saves(tmp_path):
     process.wait()
     assert "stopped: SIGTERM" in rest
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["iteration"] >= 10
+
+
+def test_two_processes_share_the_labelling_of_st(tmp_path):
+    """Every picture is labelled once, and a run that is killed while it trains on the masks goes on exactly."""
+    flags = ("--max-iters", "6", "--eval-iters", "6", "--log-interval", "1", "--save-interval", "2", "-b", "2", "--no-tta")
+    run(*TORCHRUN, "stpp.py", *flags, "--output-dir", tmp_path / "whole")
+    masks = sorted(path.parent.name + path.stem for path in (tmp_path / "whole" / "pseudo_masks").glob("*/*.png"))
+    assert len(masks) == 112 and len({name[1:] for name in masks}) == 112
+    process = start(*TORCHRUN, "stpp.py", *flags, "--output-dir", tmp_path / "killed")
+    wait_for(process, "stage 2 of 3")
+    wait_for(process, "iter      4/6")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    run(*TORCHRUN, "stpp.py", "--resume", tmp_path / "killed")
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
 
 
 def test_a_restart_by_torchrun_resumes_by_itself(finished, tmp_path):
