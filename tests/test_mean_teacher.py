@@ -114,7 +114,7 @@ def test_a_mean_teacher_step_is_the_definition(rt):
 
 def test_a_cutmix_step_is_the_definition(rt):
     networks, before, measured, (_, u0, u1), args = one_step(rt, "--cutmix", "--conf-thresh", "0.3")
-    assert args.unsup_weight == 1
+    assert args.unsup_weight == 5 and measured["loss"] == measured["loss_sup"] + 5 * measured["loss_unsup"]
     mask = mean_teacher.half_area_masks(4, 32, rt, args.seed, 5)
     images = [normalise(batch["image"], batch["valid_mask"]) for batch in (u0, u1)]
     mixed = torch.where(mask[:, None], images[1], images[0])
