@@ -265,7 +265,9 @@ def read_reliable(args: argparse.Namespace) -> set[str] | None:
 def select(args: argparse.Namespace, data: DataSource, rt: Runtime) -> None:
     """Step 2: score the unlabelled pictures and write reliability.csv; with true masks at hand, the figure too."""
     path = Path(args.run) / "reliability.csv"
-    if path.is_file():
+    done = path.is_file()
+    rt.barrier()  # all processes have looked before the first one writes
+    if done:
         return
     scored: dict[str, tuple[float, float]] = {}  # name -> score, mIoU against the truth or NaN
     if args.selection == "random":
@@ -291,9 +293,11 @@ def select(args: argparse.Namespace, data: DataSource, rt: Runtime) -> None:
     ranked = sorted(scored, key=lambda name: (-scored[name][0], name))
     reliable = set(ranked[: len(ranked) // 2])
     if rt.is_main:
-        lines = ["id,score,reliable", *(f"{name},{scored[name][0]:.6f},{int(name in reliable)}" for name in ranked)]
         part = path.with_suffix(".part")
-        part.write_text("\n".join(lines) + "\n")
+        with open(part, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["id", "score", "reliable"])
+            writer.writerows([name, f"{scored[name][0]:.6f}", int(name in reliable)] for name in ranked)
         part.replace(path)
         known = [name for name in ranked if not math.isnan(scored[name][1])]
         if known:
@@ -331,14 +335,12 @@ def report_masks(stage: int, items: tuple[Item, ...], args: argparse.Namespace, 
     names = {item.name for item in items}
     known = tuple(item for item in data.audit if item.name in names)
     matrix = torch.zeros(data.num_classes, data.num_classes, dtype=torch.int64)
-    for sample in equal_size_loader(data, known, args, replace(rt, rank=0, world=1), batch=1) if rt.is_main else ():
+    for sample in equal_size_loader(data, known, args, replace(rt, rank=0, world=1), pixels=1) if rt.is_main else ():
         update(matrix, sample["target"][0], read_mask(mask_path(args, stage, sample["name"][0])))
     if known and rt.is_main:
         result = scores(matrix)
-        print(
-            f"pseudo-masks: accuracy {100 * result.accuracy:.2f}, mIoU {100 * result.miou:.2f} on {len(known)} pictures",
-            flush=True,
-        )
+        quality = f"accuracy {100 * result.accuracy:.2f}, mIoU {100 * result.miou:.2f}"
+        print(f"pseudo-masks of stage {stage}: {quality} on {len(known)} pictures with true masks", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------- the stages
@@ -347,11 +349,16 @@ def report_masks(stage: int, items: tuple[Item, ...], args: argparse.Namespace, 
 def run(args: argparse.Namespace) -> None:
     """All stages; those that are finished are not run again."""
     rt = runtime.start(args)
-    args.run, count = args.output_dir, stage_count(args)
-    if not args.resume and any((stage_folder(args, k) / "last.pt").exists() for k in range(1, count + 1)):
+    count = stage_count(args)
+    if getattr(args, "stage", count) < count:
+        raise InputError(f"{args.output_dir} is one stage of a run; resume the run itself, the folder above")
+    args.run, args.stage = args.output_dir, count
+    if not args.resume and any(occupied(stage_folder(args, stage)) for stage in range(1, count + 1)):
         raise InputError(f"{args.run} holds a run already; go on with --resume {args.run}, or choose another --output-dir")
+    if args.eval_only and not (Path(args.run) / "last.pt").is_file():
+        raise InputError(f"--eval-only: the last stage of {args.run} has no checkpoint yet")
     rt.barrier()
-    if rt.is_main and not (Path(args.run) / "args.json").is_file():  # for --resume, until the last stage writes its own
+    if rt.is_main and not args.resume:  # for --resume, until the last stage writes its own
         try:
             (Path(args.run) / "figures").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -366,11 +373,13 @@ def run(args: argparse.Namespace) -> None:
             main(argparse.Namespace(**{**vars(args), "stage": stage, "output_dir": str(folder), "resume": resume}))
             if stage == count:
                 return
-            rt = runtime.start(args)  # `main` has put its own in charge of signals
+            rt = runtime.start(args)  # `main` had one of its own
+            rt.agree_to_stop()
             if rt.is_main:
                 (folder / "finished").touch()
         if args.eval_only:
             continue
+        torch.backends.cudnn.benchmark = False  # pictures of many sizes; the next training sets it again
         if stage == 1 and args.selection != "all":
             say(rt, f"select the {args.selection} half of {len(data.unlabelled)} unlabelled pictures")
             select(args, data, rt)
@@ -378,6 +387,13 @@ def run(args: argparse.Namespace) -> None:
         items = tuple(item for item in data.unlabelled if reliable is None or (item.name in reliable) == (stage == 1))
         say(rt, f"label {len(items)} pictures with the network of stage {stage}")
         write_masks(stage, items, args, data, rt)
+        rt.agree_to_stop()
+
+
+def occupied(folder: Path) -> bool:
+    """Whether a training has left a checkpoint or a row of metrics there."""
+    metrics = folder / "metrics.csv"
+    return (folder / "last.pt").exists() or (metrics.is_file() and len(metrics.read_text().splitlines()) > 1)
 
 
 def stage_text(args: argparse.Namespace, stage: int) -> str:

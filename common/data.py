@@ -293,13 +293,19 @@ def eval_loader(data: DataSource, items: tuple[Item, ...], args: argparse.Namesp
     return _loader(EvalSet(data, items[rt.rank :: rt.world]), args, batch_size=data.val_batch)
 
 
-def equal_size_loader(data: DataSource, items: tuple[Item, ...], args: argparse.Namespace, rt, batch: int = 8) -> DataLoader:
-    """This process's share of whole pictures as `eval_loader`, but in batches of up to `batch` pictures of one size."""
+def equal_size_loader(
+    data: DataSource, items: tuple[Item, ...], args: argparse.Namespace, rt: Runtime, pixels: int = 2_000_000
+) -> DataLoader:
+    """This process's share of whole pictures, as `eval_loader`, in batches of one size: up to 8, and up to `pixels` in all."""
     mine = items[rt.rank :: rt.world]
-    groups: dict[tuple[int, int] | None, list[int]] = {}
+    groups: dict[tuple[int, int], list[int]] = {}
     for index, item in enumerate(mine):
-        groups.setdefault(open_picture(item.image).size if isinstance(item.image, Path) else None, []).append(index)
-    batches = [group[start : start + batch] for group in groups.values() for start in range(0, len(group), batch)]
+        size = open_picture(item.image).size if isinstance(item.image, Path) else (shapes.SIZE, shapes.SIZE)
+        groups.setdefault(size, []).append(index)
+    batches = []
+    for (width, height), group in groups.items():
+        count = min(8, max(1, pixels // (width * height)))
+        batches += [group[start : start + count] for start in range(0, len(group), count)]
     return _loader(EvalSet(data, mine), args, batch_sampler=batches)
 
 

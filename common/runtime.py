@@ -174,6 +174,14 @@ class Runtime:
         if self.signal is not None and self.world == 1:
             raise Stopped(self.signal)
 
+    def agree_to_stop(self) -> None:
+        """Raise Stopped on all processes if a signal arrived at any of them."""
+        asked = torch.tensor(float(self.signal or 0), device=self.device)
+        if self.world > 1:
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+        if asked.item():
+            raise Stopped(int(asked.item()))
+
     def check_finite(self, loss: Tensor, iteration: int, names: list[str]) -> None:
         """Stop if the loss is NaN or infinite.
 
@@ -202,6 +210,9 @@ class Runtime:
             ready.synchronize()
         if not torch.isfinite(value):
             raise NotFinite(f"the loss is {value.item()} at iteration {iteration}; its pictures: {', '.join(names)}")
+
+
+_arrived: list[int] = []  # signals of this process: a script of several trainings starts several runtimes
 
 
 def unwrap(network: nn.Module) -> nn.Module:
@@ -243,12 +254,13 @@ def start(args: argparse.Namespace) -> Runtime:
 
     amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    rt = Runtime(device, rank, world, amp, scaler, args.compile)
+    rt = Runtime(device, rank, world, amp, scaler, args.compile, signal=_arrived[-1] if _arrived else None)
 
     def note(number: int, frame) -> None:
         if rt.signal == signal.SIGINT == number:  # a second Ctrl-C does not wait for the iteration to end
             raise KeyboardInterrupt
         rt.signal = number
+        _arrived.append(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, note)

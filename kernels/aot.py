@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -23,7 +24,7 @@ from kernels.cross_entropy import cross_entropy_kernel
 from kernels.cross_entropy_full import KEPT_CLASSES, full_size_kernel
 from kernels.cross_entropy_full import LANES as FULL_SIZE_LANES
 from kernels.cross_entropy_map import forward_kernel
-from kernels.interpolation import CELL_LANES
+from kernels.interpolation import CELL_LANES, plan
 from kernels.percentile import BLOCK, count_kernel, descend_kernel, drop_unreliable_kernel, finish_kernel, successor_kernel
 from kernels.pseudo_label import pseudo_label_kernel
 
@@ -62,34 +63,33 @@ class Case(NamedTuple):
 
 def cases(logits: str = "bf16") -> list[Case]:
     """The uses that the table shows: the shapes of VOC and of CPS's crops, loss, labels, percentile."""
-    cell = {"LANES": CELL_LANES, "ACC": tl.float32, "COLUMN_PARTS": 1}
     sizes = {name: "i32" for name in "hwHW"}
     tables = {"first_y_ptr": "*i32", "weight_y_ptr": "*fp32", "first_x_ptr": "*i32", "weight_x_ptr": "*fp32"}
-    exact = {"C": 21, "RATIO": 4, "ROWS": 4, "COLUMNS": 4}
-    crop = {"C": 21, "RATIO": 0, "ROWS": 4, "COLUMNS": 5}
-    stride_8 = {"C": 21, "RATIO": 8, "ROWS": 2, "COLUMNS": 8}
-    voc, cps = 8 * 513 * 513 * 21, 8 * 512 * 512 * 21 * 25 / 16.2  # lanes of 5 columns for 4.02 pixels are part empty
     none = {name: None for name in ("pixel_weight_ptr", "class_weight_ptr")}
     found = []
     add = found.append
-    for name, shape, work in (("129->513", exact, voc), ("128->512", crop, cps), ("65->513", stride_8, voc)):
+    for nodes, outputs in ((129, 513), (128, 512), (65, 513)):
+        name = f"{nodes}->{outputs}"
+        shape, weighted_shape = (shape_constants(nodes, outputs, max_pixels) for max_pixels in (20, 16))
+        # A lane of 5 columns of 128 -> 512 has 4.02 pixels on average: the work of its empty places counts, too.
+        slots = {"128->512": 5 / (outputs / nodes)}.get(name, 1.0)
+        work = 8 * outputs**2 * 21 * slots
         types = {"logits_ptr": f"*{logits}", "target_ptr": "*u8", "partial_ptr": "*fp32", **tables, **sizes}
         pixels = shape["ROWS"] * shape["COLUMNS"]
-        forward = {**cell, **shape, **none, "IGNORE": 255, "loss_ptr": None}
-        parts = {"ROW_PARTS": triton.cdiv(shape["COLUMNS"], shape["ROWS"]), "ODD": True}
-        gradient = {**cell, **shape, **none, "IGNORE": 255, **parts}
+        forward = {**no_row_parts(shape), **none, "IGNORE": 255, "loss_ptr": None}
+        gradient = {**shape, **none, "IGNORE": 255, "ODD": True}
         with_gradient = {**types, "gradient_ptr": "*fp32"}
         add(Case(f"cross_entropy {name}", cross_entropy_kernel, with_gradient, gradient, 1, pixels, work))
         add(Case(f"  even rows {name}", cross_entropy_kernel, with_gradient, {**gradient, "ODD": False}, 1, pixels, work))
         # With weights a lane holds one value more a pixel, and so fewer pixels.
-        rows = min(16 // shape["COLUMNS"], shape["ROWS"])
-        weighted = {k: v for k, v in gradient.items() if k not in none} | {"ROWS": rows}
+        weighted = {**weighted_shape, "IGNORE": 255, "ODD": True}
         with_weights = {**with_gradient, "pixel_weight_ptr": "*fp32", "class_weight_ptr": "*fp32"}
-        add(Case(f"  weighted {name}", cross_entropy_kernel, with_weights, weighted, 1, rows * shape["COLUMNS"], work))
+        pixels_weighted = weighted["ROWS"] * weighted["COLUMNS"]
+        add(Case(f"  weighted {name}", cross_entropy_kernel, with_weights, weighted, 1, pixels_weighted, work))
         add(Case(f"  without gradient {name}", forward_kernel, types, forward, 1, pixels, work))
         with_map = {k: v for k, v in forward.items() if k != "loss_ptr"}
         add(Case(f"  map of losses {name}", forward_kernel, {**types, "loss_ptr": "*fp32"}, with_map, 1, pixels, work))
-        label = {**cell, **shape}
+        label = no_row_parts(shape)
         maps = {"logits_ptr": f"*{logits}", "label_ptr": "*u8", **tables, **sizes}
         both = {**maps, "confidence_ptr": "*fp32", "entropy_ptr": "*fp32"}
         add(Case(f"pseudo_label {name}, all maps", pseudo_label_kernel, both, label, 1, pixels, work))
@@ -128,6 +128,20 @@ def cases(logits: str = "bf16") -> list[Case]:
     }
     add(Case("drop_unreliable", drop_unreliable_kernel, types, {"IGNORE": 255, "BLOCK": BLOCK}, 4, 1, n, each))
     return found
+
+
+def shape_constants(nodes: int, outputs: int, max_pixels: int) -> dict[str, object]:
+    """The constants with which the launches compile a cell kernel for 21 classes and square maps."""
+    walk = plan(torch.empty(1, 21, nodes, nodes), (outputs, outputs), True, max_pixels)
+    return {
+        "C": 21, "RATIO": walk.ratio, "ROWS": walk.rows, "COLUMNS": walk.columns, "ROW_PARTS": walk.row_parts,
+        "COLUMN_PARTS": walk.column_parts, "ACC": tl.float32, "LANES": CELL_LANES,
+    }  # fmt: skip
+
+
+def no_row_parts(constants: dict[str, object]) -> dict[str, object]:
+    """Without ROW_PARTS, for the kernels whose parts are programs."""
+    return {name: value for name, value in constants.items() if name != "ROW_PARTS"}
 
 
 def compile_case(case: Case, target: str) -> object:

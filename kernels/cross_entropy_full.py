@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.cross_entropy_map import check_labels
-from kernels.interpolation import LN2, LOG2E, accumulator, jit, tl, tl_type, triton
+from kernels.interpolation import LN2, LOG2E, accumulator, jit, on_its_device, tl, tl_type, triton
 
 LANES = 128
 KEPT_CLASSES = 48  # as many classes fit into a lane's registers beside the rest
@@ -42,8 +42,8 @@ def full_size_kernel(
     logits_ptr += image * C * pixels + pixel
     pixel = image * pixels + pixel
     t = tl.load(target_ptr + pixel, mask=here, other=0).to(tl.int32)
-    valid = here & (t != IGNORE)
-    tl.device_assert((t < C) | (t == IGNORE), "label outside the classes")
+    tl.device_assert(((t >= 0) & (t < C)) | (t == IGNORE), "label outside the classes")
+    valid = here & (t != IGNORE) & (t >= 0) & (t < C)
     weight = tl.where(valid, 1.0, 0.0).to(ACC)
     if pixel_weight_ptr is not None:
         weight *= tl.load(pixel_weight_ptr + pixel, mask=valid, other=0.0).to(ACC)
@@ -87,6 +87,7 @@ def full_size_kernel(
         tl.store(partial_ptr + 2 * program + 1, tl.sum(weight, 0))
 
 
+@on_its_device
 def launch(
     logits: Tensor,
     target: Tensor,

@@ -16,11 +16,12 @@ from kernels.interpolation import (
     accumulator,
     cell_axis,
     cell_corners,
+    cell_jit,
     chunks,
     interpolate_row,
-    jit,
     load_corners,
     log_sum_exp,
+    on_its_device,
     plan,
     tl,
     tl_type,
@@ -88,7 +89,7 @@ def cross_entropy_reference(
     return loss_sum.to(dtype), weight_sum.to(dtype), gradient
 
 
-@jit
+@cell_jit
 def forward_kernel(
     logits_ptr,  # (N,C,h,w)
     target_ptr,  # (N,H,W) integers
@@ -142,9 +143,9 @@ def forward_kernel(
             for s in tl.static_range(COLUMNS):
                 pixel = y[r] * W + x[s]
                 exists = here & exists_y[r] & exists_x[s]
-                t = tl.load(target_ptr + pixel, mask=exists, other=IGNORE).to(tl.int32)
-                tl.device_assert((t < C) | (t == IGNORE), "label outside the classes")
-                valid = t != IGNORE
+                t = tl.load(target_ptr + pixel, mask=exists, other=0).to(tl.int32)
+                tl.device_assert(((t >= 0) & (t < C)) | (t == IGNORE), "label outside the classes")
+                valid = exists & (t != IGNORE) & (t >= 0) & (t < C)
                 weight = tl.where(valid, 1.0, 0.0).to(ACC)
                 if pixel_weight_ptr is not None:
                     weight *= tl.load(pixel_weight_ptr + pixel, mask=valid, other=0.0).to(ACC)
@@ -164,6 +165,7 @@ def forward_kernel(
     tl.store(partial_ptr + 2 * program + 1, tl.sum(weight_sum, 0))
 
 
+@on_its_device
 def launch_forward(
     logits: Tensor,
     target: Tensor,

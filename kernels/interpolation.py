@@ -16,6 +16,7 @@ multiply-add each. A cell has a varying number of pixels where the ratio is not 
 
 import functools
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,12 +28,16 @@ try:
     import triton.language as tl
 
     jit = triton.jit
+    # Pictures come in many sizes: without this, each combination of sizes that 16 divides or not is compiled anew.
+    cell_jit = triton.jit(do_not_specialize=["h", "w", "H", "W"])
 except ImportError:  # macOS and Windows have no Triton: the PyTorch references serve there
     triton = None
 
     def jit(function):
         """Leave a kernel as it is; it is never called."""
         return function
+
+    cell_jit = jit
 
     class tl:
         """Enough of triton.language to define the kernels' signatures."""
@@ -70,6 +75,17 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def tl_type(dtype: torch.dtype):
     """Triton's name of a type to compute in."""
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def on_its_device(launch: Callable) -> Callable:
+    """Make the GPU of the first argument, a tensor, the current one while kernels are launched: Triton takes that."""
+
+    @functools.wraps(launch)
+    def guarded(tensor: Tensor, *arguments, **options):
+        with torch.cuda.device_of(tensor):
+            return launch(tensor, *arguments, **options)
+
+    return guarded
 
 
 def register_limit(device: torch.device) -> dict[str, int]:
@@ -131,9 +147,11 @@ def plan(logits: Tensor, size: tuple[int, int], align_corners: bool, max_pixels:
     """The plan for logits (N,C,h,w) that are interpolated to `size` = (H,W), `max_pixels` a lane at a time."""
     dtype = accumulator(logits.dtype)
     y, x = (axis(n, m, align_corners, dtype, logits.device) for n, m in zip(logits.shape[2:], size, strict=True))
-    column_parts = triton.cdiv(x.slots, 8)
+    column_parts = triton.cdiv(x.slots, 6)
     columns = triton.cdiv(x.slots, column_parts)
     rows = min(y.slots, max(max_pixels // columns, 1))
+    if y.ratio:  # all cells are alike: parts of one size
+        rows = triton.cdiv(y.slots, triton.cdiv(y.slots, rows))
     return Plan(y, x, y.ratio if y.ratio == x.ratio else 0, rows, columns, triton.cdiv(y.slots, rows), column_parts)
 
 

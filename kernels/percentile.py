@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.interpolation import jit, tl, triton, use_triton
+from kernels.interpolation import jit, on_its_device, tl, triton, use_triton
 
 BLOCK = 1024  # values of a program
 BINS = tl.constexpr(256)
@@ -179,6 +179,7 @@ def key_value(key):
     return bits.to(tl.float32, bitcast=True)
 
 
+@on_its_device
 def launch_percentile(values: Tensor, valid_mask: Tensor, q: Tensor) -> Tensor:
     """Run the kernels: four times count and descend, then the value above, then the interpolation."""
     values, valid = values.float().contiguous(), valid_mask.contiguous().view(torch.uint8)
@@ -242,7 +243,7 @@ def masked_percentile(values: Tensor, valid_mask: Tensor, q: float | Sequence[fl
 
 def drop_unreliable_reference(label: Tensor, entropy: Tensor, threshold: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """The operation in plain PyTorch."""
-    label = label.masked_fill(entropy >= threshold, ignore_index)
+    label = label.contiguous().masked_fill(entropy >= threshold, ignore_index)
     return label, torch.count_nonzero(label != ignore_index)
 
 
@@ -266,6 +267,7 @@ def drop_unreliable_kernel(
     tl.store(kept_ptr + tl.program_id(0), tl.sum(((at < n) & (label != IGNORE)).to(tl.int32), 0))
 
 
+@on_its_device
 def launch_drop(label: Tensor, entropy: Tensor, threshold: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Run the kernel."""
     label, entropy = label.contiguous(), entropy.contiguous()
@@ -288,7 +290,7 @@ def drop_unreliable_op(
 
 @drop_unreliable_op.register_fake
 def _(label, entropy, threshold, ignore_index, impl):
-    return torch.empty_like(label), label.new_empty((), dtype=torch.int64)
+    return label.new_empty(label.shape), label.new_empty((), dtype=torch.int64)
 
 
 @torch.no_grad()

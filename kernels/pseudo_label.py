@@ -20,10 +20,11 @@ from kernels.interpolation import (
     accumulator,
     cell_axis,
     cell_corners,
+    cell_jit,
     chunks,
     interpolate_row,
-    jit,
     load_corners,
+    on_its_device,
     plan,
     tl,
     tl_type,
@@ -77,7 +78,7 @@ def empty_maps(
     )
 
 
-@jit
+@cell_jit
 def pseudo_label_kernel(
     logits_ptr,  # (N,C,h,w)
     label_ptr,  # (N,H,W) uint8
@@ -174,6 +175,7 @@ def pseudo_label_kernel(
                     tl.store(entropy_ptr + pixel, tl.maximum(bits * LN2, 0.0), mask=exists)
 
 
+@on_its_device
 def launch(
     logits: Tensor, size: tuple[int, int], align_corners: bool, with_confidence: bool, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -156,6 +156,19 @@ def test_extreme_logits_stay_exact(size, where):
     assert (logits.grad.double() - exact.grad).abs().max() <= 1e-5 * exact.grad.abs().max()
 
 
+@pytest.mark.parametrize("size", [(17, 25), (5, 7)])
+def test_an_ignored_label_that_the_type_of_the_labels_cannot_hold(size, where):
+    """Found wrong once: lanes beyond the picture read 156, which is what -100 is in 8 bits, and counted."""
+    impl, device = where
+    logits, target = example((1, 3, 5, 7), size, device, torch.float32, ignored=False)
+    logits.requires_grad_()
+    expected = F.cross_entropy(upsampled(logits, size), target)
+    gradient = torch.autograd.grad(expected, logits)[0]
+    loss = cross_entropy(logits, target.to(torch.uint8), ignore_index=-100, impl=impl)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], gradient, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("size", [(16, 16), (4, 4)])
 def test_all_ignored_is_zero_with_zero_gradient(size, where):
     impl, device = where

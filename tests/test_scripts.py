@@ -18,7 +18,7 @@ from PIL import Image
 
 import cps
 
-SHORT = ("--max-iters", "12", "--eval-iters", "6", "--log-interval", "2", "--save-interval", "3", "-b", "2")
+SHORT = ("--max-iters", "12", "--eval-iters", "6", "--log-interval", "2", "--save-interval", "3", "-b", "2", "--device", "cpu")
 ON_FILES = ("--backbone", "tiny", "--weights", "none", "-b", "2", "--crop-size", "32", "--max-iters", "2", "-j", "1")
 LAST_LINE = re.compile(r"^miou_last=\d+\.\d\d miou_best=\d+\.\d\d$")
 

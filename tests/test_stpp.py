@@ -18,7 +18,7 @@ from common.masks import read_mask, write_mask
 
 SHORT = (
     "--max-iters", "6", "--eval-iters", "6", "--log-interval", "1", "--save-interval", "2", "-b", "2", "--crop-size", "32",
-    "--split", "1/2", "--no-tta",
+    "--split", "1/2", "--no-tta", "--device", "cpu",
 )  # fmt: skip
 
 
@@ -217,6 +217,19 @@ def test_plain_st_has_two_stages_and_is_resumed_as_such(tmp_path):
     assert "label" not in again.stdout.replace("labelled", "")
     message = run("stpp.py", "--plain", *SHORT, "--output-dir", folder, expect=2).stderr
     assert "holds a run already" in message
+    assert "resume the run itself" in run("stpp.py", "--resume", folder / "stage-1", expect=2).stderr
+
+
+def test_a_start_that_failed_leaves_no_settings_behind(tmp_path):
+    """Found wrong once: a later resume took the settings of a first attempt that had never begun."""
+    folder = tmp_path / "run"
+    run("stpp.py", "--plain", "--lr", "0.5", "--labelled-list", tmp_path / "none.txt", "--output-dir", folder, expect=2)
+    assert "no checkpoint" in run("stpp.py", "--resume", folder, "--eval-only", expect=2).stderr
+    process = start("stpp.py", "--plain", *SHORT, "--lr", "0.02", "--output-dir", folder)
+    wait_for(process, "iter      4/6")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert "lr 0.02," in run("stpp.py", "--resume", folder).stdout
 
 
 def test_random_selection_needs_no_checkpoints_and_follows_the_seed(tmp_path):
