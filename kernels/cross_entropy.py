@@ -7,7 +7,8 @@
 Plain PyTorch (interpolate, cross_entropy, backward) reads and writes N x C x H x W tensors about nine times: 1.5 GB for
 8 x 21 x 513 x 513. The kernel reads the logits (at stride 4 a sixteenth of that) three times, the labels once, and writes the
 gradient of the logits, half of it twice: 36 MB, and more where the caches do not hold it. It is bound by instructions instead:
-two exponentials and about 22 instructions a pixel and class.
+two exponentials and about 22 instructions a pixel and class. (`python -m kernels.aot`, sm_90: 98 registers for 129 -> 513, 127
+for 128 -> 512, nothing spilled; to issue the instructions for a batch of 8 takes an H200 at least 32 and 41 µs. No run yet.)
 
 Each lane owns a cell (see `interpolation.py`) and passes over the classes three times: for the maximum, for the sum of
 exponentials, and for the gradient, which it collapses to the cell's four corners. A node takes part in four cells. The left and

@@ -3,7 +3,8 @@
 The loss of a pixel is log sum_c exp z(c) - z(t), with z interpolated from the logits. The kernel passes over the classes twice,
 for the maximum and for the sum of exponentials, and then fetches the four corners of the label's class. One lane owns a cell
 (see `interpolation.py`); nothing is joined between lanes, which makes this the kernel to read first. It serves "none"
-(hard example mining) and losses that are only reported.
+(hard example mining) and losses that are only reported. sm_90, 129 -> 513: 64 registers, nothing spilled, 9.7 instructions a
+pixel and class, at least 15 µs for a batch of 8 on an H200; not yet run on one.
 """
 
 import torch

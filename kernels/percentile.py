@@ -9,6 +9,7 @@ The usual way copies the map to the host for `numpy.percentile`, or sorts it: n 
 bits, with the sign handled, are an unsigned key of the same order. Four passes each count one byte of the keys that share
 the bytes found so far, in 256 bins, and descend into the bin that holds rank k. v[k+1] is v[k] again if more values equal it,
 else the smallest value above, found in a fifth pass. Counts and minima are integers: the result is the same from run to run.
+sm_90: 47, 108 and 40 registers in the first, middle and last passes, nothing spilled; not yet run on a GPU.
 Several percentiles share the passes; in ascending order, those that agree in their first bytes also share the counting.
 """
 

@@ -7,6 +7,8 @@ classes suffice, one for the maximum and one for both sums, at one exponential a
 
 PyTorch interpolates to an N x C x H x W tensor and reads or writes it two times for the label alone, about eight times for all
 three. The kernel reads the logits twice and writes the maps: 9 bytes a pixel. One lane owns a cell (see `interpolation.py`).
+sm_90, 129 -> 513: 96 registers, nothing spilled, 13 instructions a pixel and class (label alone: 64 and 6), at least 19 µs for
+a batch of 8 on an H200; not yet run on one.
 """
 
 from typing import NamedTuple
