@@ -4,6 +4,7 @@ Without a GPU Triton's interpreter runs the kernels; `pytest -m gpu` runs the sa
 """
 
 import copy
+import csv
 import math
 import sys
 from contextlib import contextmanager
@@ -447,8 +448,26 @@ def test_compiled_ahead_of_time_within_the_ceilings(target):
         assert registers <= 128 and spilled == 0 and stack == 0 and shared <= 16384, name
 
 
+def test_the_benchmark_checks_and_times_every_operation(tmp_path):
+    command = ("-m", "kernels.benchmark", "--device", "cpu")
+    run(*command, "--shape", "1x3x9x9:33x33", "--csv", tmp_path / "rows.csv", "--plot", tmp_path / "bars.png")
+    rows = list(csv.DictReader(open(tmp_path / "rows.csv")))
+    assert {(row["op"], row["provider"]) for row in rows} == {
+        (op, provider)
+        for op in ("cross_entropy", "pseudo_label", "label alone", "percentile", "drop_unreliable")
+        for provider in ("eager", "torch")
+    }
+    assert all(float(row["median_us"]) > 0 and row["gate"] == "" for row in rows)
+    assert "NxCxhxw:HxW" in run(*command, "--shape", "3x9", expect=2).stderr
+    if not NATIVE:
+        assert "no CUDA device" in run("-m", "kernels.benchmark").stdout
+
+
 def test_training_with_kernels_follows_training_without(where, rt):
-    """Three steps of CPS: the losses agree with those that interpolate and use torch's cross-entropy."""
+    """Three steps of CPS: losses and updates agree with those that interpolate and use torch's cross-entropy.
+
+    Each step starts from the same weights: left alone, training from scratch would amplify the last bits within a few steps.
+    """
     impl, device = where
     rt = replace(rt, device=torch.device(device))
     args = cps.parse_args(["--crop-size", "32", "-b", "2", "--kernels", impl, "--device", device])
@@ -459,6 +478,9 @@ def test_training_with_kernels_follows_training_without(where, rt):
     optimizers = [torch.optim.SGD([p for f in each.values() for p in f.parameters()], lr=0.001) for each in (networks, plain)]
     for iteration, batches in zip(range(3), cps.load_batches(args, data, rt, 0, 3), strict=True):
         batches = [rt.to_device(batch) for batch in batches]
+        before = [p.detach().clone() for f in networks.values() for p in f.parameters()]
+        for name, network in networks.items():
+            plain[name].load_state_dict(network.state_dict())
         torch.manual_seed(iteration)  # dropout
         found = cps.train_step(networks, optimizers[0], batches, iteration, args, data, rt)["loss"]
         torch.manual_seed(iteration)
@@ -466,6 +488,13 @@ def test_training_with_kernels_follows_training_without(where, rt):
             expected = cps.train_step(plain, optimizers[1], batches, iteration, args, data, rt)["loss"]
         # A label that falls to the other side of a tie changes the mean over 2 x 32 x 32 pixels by up to 1 in 1000.
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+        steps = [
+            torch.cat(
+                [(p.detach() - old).flatten() for p, old in zip((p for f in each.values() for p in f.parameters()), before)]
+            )
+            for each in (networks, plain)
+        ]
+        assert (steps[0] - steps[1]).norm() < 0.02 * steps[1].norm()
 
 
 @contextmanager
