@@ -42,12 +42,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import InputError, checkpoint, cli, datasets, runtime
-from common.augment import IGNORE, colour_jitter_and_blur, cutout, normalise
+from common.augment import colour_jitter_and_blur, cutout, normalise
 from common.data import equal_size_loader, eval_loader, train_loader
 from common.data import load_data as load_source
 from common.datasets import DataSource, Item
 from common.deeplabv3plus import DeepLabV3Plus, parameter_groups
-from common.evaluate import Scores, evaluate, scores, update
+from common.evaluate import Scores, evaluate, image_miou, scores, update
 from common.figures import reliability_figure
 from common.losses import labelled_loss
 from common.masks import read_mask, write_mask
@@ -182,26 +182,6 @@ def keep_checkpoint(network: nn.Module, done: int, args: argparse.Namespace, dat
             rt.average_buffers(networks)
             if rt.is_main:
                 checkpoint.write(checkpoint.header(done, args, networks), stage_folder(args, 1) / f"checkpoint-{j}.pt")
-
-
-def image_miou(label_1: Tensor, label_2: Tensor, num_classes: int) -> Tensor:
-    """Mean IoU between two label maps for each picture, over the classes that occur in either.
-
-    Args:
-        label_1, label_2: (N,H,W) labels below `num_classes`; pixels where the first is 255 do not count.
-        num_classes: C.
-
-    Returns:
-        (N,) float64 in [0,1].
-    """
-    count, cells = len(label_1), num_classes * num_classes
-    picture = torch.arange(count, device=label_1.device)[:, None, None]
-    pairs = picture * cells + label_1.long() * num_classes + label_2
-    pairs = torch.where(label_1 == IGNORE, count * cells, pairs)
-    matrix = torch.bincount(pairs.flatten(), minlength=count * cells + 1)[:-1].view(count, num_classes, num_classes).double()
-    right = matrix.diagonal(dim1=1, dim2=2)
-    union = matrix.sum(1) + matrix.sum(2) - right
-    return torch.where(union > 0, right / union, torch.nan).nanmean(1)
 
 
 def reliability(predictions: list[Tensor], num_classes: int) -> Tensor:

@@ -46,6 +46,26 @@ def scores(confusion_matrix: Tensor) -> Scores:
     return Scores(confusion_matrix.cpu(), iou, iou.nanmean().item(), (right.sum() / matrix.sum().clamp_min(1)).item())
 
 
+def image_miou(label_1: Tensor, label_2: Tensor, num_classes: int) -> Tensor:
+    """Mean IoU between two label maps for each picture, over the classes that occur in either.
+
+    Args:
+        label_1, label_2: (N,H,W) labels below `num_classes`; pixels where the first is 255 do not count.
+        num_classes: C.
+
+    Returns:
+        (N,) float64 in [0,1].
+    """
+    count, cells = len(label_1), num_classes * num_classes
+    picture = torch.arange(count, device=label_1.device)[:, None, None]
+    pairs = picture * cells + label_1.long() * num_classes + label_2
+    pairs = torch.where(label_1 == IGNORE, count * cells, pairs)
+    matrix = torch.bincount(pairs.flatten(), minlength=count * cells + 1)[:-1].view(count, num_classes, num_classes).double()
+    right = matrix.diagonal(dim1=1, dim2=2)
+    union = matrix.sum(1) + matrix.sum(2) - right
+    return torch.where(union > 0, right / union, torch.nan).nanmean(1)
+
+
 def starts(length: int, window: int) -> list[int]:
     """Left edges of windows with stride 2/3 of their size that cover `length`, the last one flush with the end."""
     if length <= window:

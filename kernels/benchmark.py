@@ -19,21 +19,19 @@ import csv
 import datetime
 import functools
 import re
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import NamedTuple
-from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import PseudoLabel, cross_entropy, drop_unreliable, masked_percentile, pseudo_label
+from kernels import cross_entropy, drop_unreliable, masked_percentile, pseudo_label
+from kernels.step import step_cps
+from kernels.timing import Machine, gpu_machine, time_cpu, time_gpu, triton_version
+from kernels.usual import usual_cross_entropy, usual_drop, usual_percentile, usual_pseudo_label
 
 SHAPES = ["8x21x129x129:513x513", "4x19x193x193:769x769", "8x21x128x128:512x512", "4x19x200x200:800x800"]
 CPU_SHAPES = ["2x21x129x129:513x513", "4x11x48x48:192x192"]
@@ -80,40 +78,6 @@ class Op(NamedTuple):
     exponentials: float
     gate_us: float | None
     tolerance: float
-
-
-def usual_cross_entropy(
-    logits: Tensor, target: Tensor, *, ignore_index: int = 255, reduction: str = "mean", impl: str = ""
-) -> Tensor:
-    """Interpolate to full resolution, unless there already, then torch's cross-entropy, which wants int64 labels."""
-    full = logits.float()
-    if logits.shape[2:] != target.shape[1:]:
-        full = F.interpolate(full, target.shape[1:], mode="bilinear", align_corners=True)
-    return F.cross_entropy(full, target.long(), ignore_index=ignore_index, reduction=reduction)
-
-
-def usual_pseudo_label(
-    logits: Tensor, size: tuple[int, int], *, with_confidence: bool = False, with_entropy: bool = False, impl: str = ""
-) -> PseudoLabel:
-    """Interpolate to full resolution, then softmax, max and entropy."""
-    full = F.interpolate(logits.detach().float(), size, mode="bilinear", align_corners=True)
-    if not with_confidence and not with_entropy:
-        return PseudoLabel(full.argmax(1).to(torch.uint8), None, None)
-    probs = full.softmax(1)
-    confidence, label = probs.max(1)
-    entropy = -(probs * probs.clamp_min(1e-12).log()).sum(1)
-    return PseudoLabel(label.to(torch.uint8), confidence, entropy)
-
-
-def usual_percentile(values: Tensor, valid_mask: Tensor, q: list[float]) -> Tensor:
-    """To the host and numpy, as the released code of U2PL does."""
-    return torch.from_numpy(np.percentile(values[valid_mask].cpu().numpy(), q)).float().to(values.device)
-
-
-def usual_drop(label: Tensor, entropy: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """Mask and count."""
-    label = label.masked_fill(entropy >= threshold, 255)
-    return label, (label != 255).sum()
 
 
 def with_gradient(loss: Callable[..., Tensor], logits: Tensor, target: Tensor, **options) -> tuple[Tensor, Tensor]:
@@ -232,74 +196,6 @@ def check(name: str, op: Op) -> None:
                 sys.exit(f"{name}: {provider}'s result {i} is off by {wrong:.2e}, more than {limit:.2e}")
 
 
-class Machine(NamedTuple):
-    """What the rows say of the device; bandwidth in bytes a second, exponentials a second."""
-
-    gpu: str
-    driver: str
-    bandwidth: float
-    exponentials: float
-
-
-def gpu_machine() -> Machine:
-    """Measure a copy, and ask nvidia-smi for clock and driver."""
-    import triton
-
-    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader,nounits"]
-    try:
-        driver, clock = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(", ")
-        clock = float(clock)
-    except (OSError, ValueError, subprocess.CalledProcessError):
-        driver, clock = "unknown", float("nan")
-    source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    seconds = triton.testing.do_bench(lambda: target.copy_(source), return_mode="median") / 1e3
-    properties = torch.cuda.get_device_properties(0)
-    exponentials = properties.multi_processor_count * 16 * clock * 1e6
-    return Machine(properties.name, driver, 2 * source.numel() / seconds, exponentials)
-
-
-class Timing(NamedTuple):
-    """Seconds: median, 20th and 80th percentile, and from a CUDA graph; bytes at the peak."""
-
-    median: float
-    low: float
-    high: float
-    graph: float | None
-    peak: int | None
-
-
-def time_gpu(function: Callable, capture: bool) -> Timing:
-    """By Triton's own benchmark, which clears the L2 cache between calls; with `capture` also as a CUDA graph.
-
-    Only what can be captured may ask for it: a failed capture leaves the random generator unusable.
-    """
-    import triton
-
-    function()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    function()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    median, low, high = (ms / 1e3 for ms in triton.testing.do_bench(function, quantiles=[0.5, 0.2, 0.8]))
-    graph = triton.testing.do_bench_cudagraph(function, return_mode="median") / 1e3 if capture else None
-    return Timing(median, low, high, graph, peak)
-
-
-def time_cpu(function: Callable, repeats: int = 9) -> Timing:
-    """Repeated calls after one to warm up."""
-    function()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    low, *_, high = statistics.quantiles(seconds, n=5)
-    return Timing(statistics.median(seconds), low, high, None, None)
-
-
 def rows_of(name: str, op: Op, shape: Shape, dtype: str, wanted: list[str], machine: Machine, cuda: bool) -> list[dict]:
     """Check and time one operation: one row a provider."""
     check(name, op)
@@ -330,67 +226,12 @@ def rows_of(name: str, op: Op, shape: Shape, dtype: str, wanted: list[str], mach
     return rows
 
 
-def triton_version() -> str:
-    """Or a dash where it is not installed."""
-    try:
-        import triton
-    except ImportError:
-        return "-"
-    return triton.__version__
-
-
 GATES = {  # microseconds on an H200, at the shapes of VOC and Cityscapes; CPS's own crops may take half as much again
     "cross_entropy": 70,
     "pseudo_label": 45,
     "percentile": 80,
     "cross_entropy_full": 105,
 }
-
-
-def step_cps(device: torch.device) -> None:
-    """Time a training step of CPS with CutMix on random pictures: with the kernels, and with the usual way in their place."""
-    # The one place where a kernel's file needs the scripts, and only when asked for.
-    import cps
-    from common import losses, runtime
-
-    cuda = device.type == "cuda"
-    size, count, backbone = (512, 8, "resnet50") if cuda else (128, 2, "resnet18")
-    flags = ["--data", "voc", "--weights", "none", "--backbone", backbone, "--crop-size", str(size), "-b", str(count)]
-    args = cps.parse_args([*flags, "--device", device.type, "--amp", "bf16" if cuda else "off"])
-    amp = torch.bfloat16 if cuda else None
-    rt = runtime.Runtime(device, 0, 1, amp, torch.amp.GradScaler(device.type, enabled=False), False)
-    data = SimpleNamespace(num_classes=21, background=0)
-    networks = {name: rt.place(network).train() for name, network in cps.build_networks(args, data, rt).items()}
-    optimizer = torch.optim.SGD([p for network in networks.values() for p in network.parameters()], lr=1e-3)
-    generator = torch.Generator().manual_seed(0)
-    batch = {
-        "image": torch.randint(0, 256, (count, size, size, 3), generator=generator, dtype=torch.uint8),
-        "valid_mask": torch.ones(count, size, size, dtype=torch.bool),
-        "target": torch.randint(0, 21, (count, size, size), generator=generator, dtype=torch.uint8),
-    }
-    batch = {key: value.to(device) for key, value in batch.items()}
-
-    def step() -> None:
-        cps.train_step(networks, optimizer, [batch] * 3, 0, args, data, rt)
-
-    usual = (
-        mock.patch.object(cps, "pseudo_label", usual_pseudo_label),
-        mock.patch.object(losses, "cross_entropy", usual_cross_entropy),
-    )
-    print(f"step of CPS: {backbone}, {count} pictures of {size} x {size}, {device.type}")
-    timings = {}
-    for name in ("usual", "kernels", "usual again", "kernels again"):
-        if name.startswith("usual"):
-            with usual[0], usual[1]:
-                timings[name] = time_gpu(step, capture=False) if cuda else time_cpu(step, 5)
-        else:
-            timings[name] = time_gpu(step, capture=False) if cuda else time_cpu(step, 5)
-        peak = f", peak {timings[name].peak / 1e9:.2f} GB" if cuda else ""
-        print(f"{name:14}{1e3 * timings[name].median:9.1f} ms{peak}", flush=True)
-    ratio = (timings["usual"].median + timings["usual again"].median) / (
-        timings["kernels"].median + timings["kernels again"].median
-    )
-    print(f"usual / kernels: {ratio:.2f}")
 
 
 def parse_shape(text: str) -> Shape:

@@ -1,0 +1,86 @@
+"""How `benchmark.py` times a function on a GPU or a CPU, and what it says of the machine."""
+
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+class Machine(NamedTuple):
+    """What the rows say of the device; bandwidth in bytes a second, exponentials a second."""
+
+    gpu: str
+    driver: str
+    bandwidth: float
+    exponentials: float
+
+
+def gpu_machine() -> Machine:
+    """Measure a copy, and ask nvidia-smi for clock and driver."""
+    import triton
+
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader,nounits"]
+    try:
+        driver, clock = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(", ")
+        clock = float(clock)
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        driver, clock = "unknown", float("nan")
+    source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    seconds = triton.testing.do_bench(lambda: target.copy_(source), return_mode="median") / 1e3
+    properties = torch.cuda.get_device_properties(0)
+    exponentials = properties.multi_processor_count * 16 * clock * 1e6
+    return Machine(properties.name, driver, 2 * source.numel() / seconds, exponentials)
+
+
+class Timing(NamedTuple):
+    """Seconds: median, 20th and 80th percentile, and from a CUDA graph; bytes at the peak."""
+
+    median: float
+    low: float
+    high: float
+    graph: float | None
+    peak: int | None
+
+
+def time_gpu(function: Callable, capture: bool) -> Timing:
+    """By Triton's own benchmark, which clears the L2 cache between calls; with `capture` also as a CUDA graph.
+
+    Only what can be captured may ask for it: a failed capture leaves the random generator unusable.
+    """
+    import triton
+
+    function()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    median, low, high = (ms / 1e3 for ms in triton.testing.do_bench(function, quantiles=[0.5, 0.2, 0.8]))
+    graph = triton.testing.do_bench_cudagraph(function, return_mode="median") / 1e3 if capture else None
+    return Timing(median, low, high, graph, peak)
+
+
+def time_cpu(function: Callable, repeats: int = 9) -> Timing:
+    """Repeated calls after one to warm up."""
+    function()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    low, *_, high = statistics.quantiles(seconds, n=5)
+    return Timing(statistics.median(seconds), low, high, None, None)
+
+
+def triton_version() -> str:
+    """Or a dash where it is not installed."""
+    try:
+        import triton
+    except ImportError:
+        return "-"
+    return triton.__version__

@@ -1,0 +1,42 @@
+"""The operations the usual way, at full resolution in PyTorch and NumPy: what `benchmark.py` compares with."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import PseudoLabel
+
+
+def usual_cross_entropy(
+    logits: Tensor, target: Tensor, *, ignore_index: int = 255, reduction: str = "mean", impl: str = ""
+) -> Tensor:
+    """Interpolate to full resolution, unless there already, then torch's cross-entropy, which wants int64 labels."""
+    full = logits.float()
+    if logits.shape[2:] != target.shape[1:]:
+        full = F.interpolate(full, target.shape[1:], mode="bilinear", align_corners=True)
+    return F.cross_entropy(full, target.long(), ignore_index=ignore_index, reduction=reduction)
+
+
+def usual_pseudo_label(
+    logits: Tensor, size: tuple[int, int], *, with_confidence: bool = False, with_entropy: bool = False, impl: str = ""
+) -> PseudoLabel:
+    """Interpolate to full resolution, then softmax, max and entropy."""
+    full = F.interpolate(logits.detach().float(), size, mode="bilinear", align_corners=True)
+    if not with_confidence and not with_entropy:
+        return PseudoLabel(full.argmax(1).to(torch.uint8), None, None)
+    probs = full.softmax(1)
+    confidence, label = probs.max(1)
+    entropy = -(probs * probs.clamp_min(1e-12).log()).sum(1)
+    return PseudoLabel(label.to(torch.uint8), confidence, entropy)
+
+
+def usual_percentile(values: Tensor, valid_mask: Tensor, q: list[float]) -> Tensor:
+    """To the host and numpy, as the released code of U2PL does."""
+    return torch.from_numpy(np.percentile(values[valid_mask].cpu().numpy(), q)).float().to(values.device)
+
+
+def usual_drop(label: Tensor, entropy: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """Mask and count."""
+    label = label.masked_fill(entropy >= threshold, 255)
+    return label, (label != 255).sum()
