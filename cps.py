@@ -42,10 +42,10 @@ from torch import Tensor, nn
 from common import checkpoint, cli, runtime
 from common.augment import IGNORE, normalise
 from common.cutmix import mix, xor_box_masks
-from common.data import eval_loader, load_data, train_loader
+from common.data import load_data, train_loader
 from common.datasets import DataSource
 from common.deeplabv3plus import DeepLabV3Plus, parameter_groups
-from common.evaluate import Scores, evaluate
+from common.evaluate import Scores, validate
 from common.losses import labelled_loss, mean_cross_entropy
 from common.report import Report
 from common.runtime import Runtime
@@ -221,26 +221,7 @@ def score(
 ) -> tuple[dict[str, Scores], dict[str, float]]:
     """Evaluate: network 1 first, at the end also network 2 and their average; the accuracy of network 1's pseudo-labels."""
     shown = {"network 1": networks["model_1"], **({"network 2": networks["model_2"]} if final else {})}
-    results = evaluate(
-        shown,
-        eval_loader(data, data.val, args, rt),
-        data.num_classes,
-        rt,
-        args.eval_window,
-        average=final,
-        impl=args.kernels,
-    )
-    if not data.audit:
-        return results, {}
-    audit = evaluate(
-        {"network 1": networks["model_1"]},
-        eval_loader(data, data.audit, args, rt),
-        data.num_classes,
-        rt,
-        args.eval_window,
-        impl=args.kernels,
-    )
-    return results, {"pseudo_accuracy": audit["network 1"].accuracy}
+    return validate(shown, data, args, rt, average=final, audit=True)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -50,10 +50,10 @@ from torch import Tensor, nn
 from common import checkpoint, cli, runtime
 from common.augment import colour_jitter, normalise
 from common.cutmix import half_area_masks, mix
-from common.data import eval_loader, load_data, train_loader
+from common.data import load_data, train_loader
 from common.datasets import DataSource, Item
 from common.deeplabv3plus import DeepLabV3Plus, parameter_groups
-from common.evaluate import Scores, evaluate
+from common.evaluate import Scores, validate
 from common.losses import labelled_loss
 from common.report import Report
 from common.runtime import Runtime
@@ -241,14 +241,8 @@ def score(
     final: bool,
 ) -> tuple[dict[str, Scores], dict[str, float]]:
     """Evaluate the teacher, which is the result, and the student; the accuracy of the teacher's pseudo-labels."""
-    loader = eval_loader(data, data.val, args, rt)
-    results = evaluate(networks, loader, data.num_classes, rt, args.eval_window, impl=args.kernels)
-    measured = {"student_miou": results["student"].miou}
-    if data.audit:
-        loader = eval_loader(data, data.audit, args, rt)
-        audit = evaluate({"teacher": networks["teacher"]}, loader, data.num_classes, rt, args.eval_window, impl=args.kernels)
-        measured["pseudo_accuracy"] = audit["teacher"].accuracy
-    return results, measured
+    results, measured = validate(networks, data, args, rt, audit=True)
+    return results, {"student_miou": results["student"].miou, **measured}
 
 
 def main(args: argparse.Namespace) -> None:

@@ -43,11 +43,11 @@ from torch import Tensor, nn
 
 from common import InputError, checkpoint, cli, datasets, runtime
 from common.augment import colour_jitter_and_blur, cutout, normalise
-from common.data import equal_size_loader, eval_loader, train_loader
+from common.data import equal_size_loader, train_loader
 from common.data import load_data as load_source
 from common.datasets import DataSource, Item
 from common.deeplabv3plus import DeepLabV3Plus, parameter_groups
-from common.evaluate import Scores, evaluate, image_miou, scores, update
+from common.evaluate import Scores, image_miou, scores, update, validate
 from common.figures import reliability_figure
 from common.losses import labelled_loss
 from common.masks import read_mask, write_mask
@@ -214,8 +214,7 @@ def score(
     final: bool,
 ) -> tuple[dict[str, Scores], dict[str, float]]:
     """Evaluate the network of the stage."""
-    loader = eval_loader(data, data.val, args, rt)
-    return evaluate({"network": networks["model"]}, loader, data.num_classes, rt, args.eval_window, impl=args.kernels), {}
+    return validate({"network": networks["model"]}, data, args, rt)
 
 
 # ------------------------------------------------------------------------------------------ between the stages: labelling

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from common import checkpoint, cli, runtime
 from common.augment import normalise
-from common.data import eval_loader, load_data, train_loader
+from common.data import load_data, train_loader
 from common.datasets import DataSource
 from common.deeplabv3plus import DeepLabV3Plus, parameter_groups
-from common.evaluate import Scores, evaluate
+from common.evaluate import Scores, validate
 from common.losses import labelled_loss
 from common.report import Report
 from common.runtime import Runtime
@@ -101,8 +101,7 @@ def score(
     final: bool,
 ) -> tuple[dict[str, Scores], dict[str, float]]:
     """Evaluate: results by network, the method's result first, and further measures."""
-    loader = eval_loader(data, data.val, args, rt)
-    return evaluate({"network": networks["model"]}, loader, data.num_classes, rt, args.eval_window, impl=args.kernels), {}
+    return validate({"network": networks["model"]}, data, args, rt)
 
 
 def main(args: argparse.Namespace) -> None:

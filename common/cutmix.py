@@ -12,7 +12,9 @@ from torch import Tensor
 from common.runtime import derive_seed
 
 
-def draw_boxes(count: int, boxes: int, area: tuple[float, float], size: int, generator: torch.Generator) -> Tensor:
+def draw_boxes(
+    count: int, boxes: int, area: tuple[float, float], size: int, generator: torch.Generator, even_width: bool = False
+) -> Tensor:
     """Random boxes inside a square picture.
 
     The total area share a is U(area), the height exp(u ln a) with u ~ U(0,1), the width a / height (a random aspect ratio
@@ -24,6 +26,7 @@ def draw_boxes(count: int, boxes: int, area: tuple[float, float], size: int, gen
         area: range of the area share, each in (0,1].
         size: side of the picture, pixels.
         generator: CPU generator.
+        even_width: draw the width from U(a,1) instead, and the height is a / width.
 
     Returns:
         (count,boxes,4) int64: top, left, bottom, right in pixels, the last two exclusive.
@@ -33,7 +36,8 @@ def draw_boxes(count: int, boxes: int, area: tuple[float, float], size: int, gen
         if area[0] < area[1]
         else torch.full((count, boxes), area[0])
     )
-    height = torch.exp(torch.rand(count, boxes, generator=generator) * share.log())
+    draw = torch.rand(count, boxes, generator=generator)
+    height = share / (share + (1 - share) * draw) if even_width else torch.exp(draw * share.log())
     sides = torch.stack([height, share / height], dim=-1) * math.sqrt(1 / boxes)
     sides = (sides * size).round()
     corner = ((size - sides) * torch.rand(count, boxes, 2, generator=generator)).round()
@@ -49,9 +53,11 @@ def rasterise(boxes: Tensor, size: int) -> Tensor:
     return (rows[..., :, None] & columns[..., None, :]).sum(1) % 2 == 1
 
 
-def _masks(boxes: int, area: tuple[float, float], batch: int, size: int, rt, seed: int, iteration: int) -> Tensor:
+def _masks(
+    boxes: int, area: tuple[float, float], batch: int, size: int, rt, seed: int, iteration: int, even_width: bool = False
+) -> Tensor:
     generator = torch.Generator().manual_seed(derive_seed(seed, iteration, 0xC07))
-    drawn = draw_boxes(batch * rt.world, boxes, area, size, generator)
+    drawn = draw_boxes(batch * rt.world, boxes, area, size, generator, even_width)
     mine = drawn[batch * rt.rank : batch * (rt.rank + 1)]
     return rasterise(mine.to(rt.device, non_blocking=True), size)
 
@@ -59,6 +65,11 @@ def _masks(boxes: int, area: tuple[float, float], batch: int, size: int, rt, see
 def half_area_masks(batch: int, size: int, rt, seed: int, iteration: int) -> Tensor:
     """CutMix-Seg's masks, (batch,size,size) bool: one box of half the picture's area."""
     return _masks(1, (0.5, 0.5), batch, size, rt, seed, iteration)
+
+
+def wide_box_masks(batch: int, size: int, rt, seed: int, iteration: int) -> Tensor:
+    """U2PL's masks, (batch,size,size) bool: one box of half the picture's area, its width from half to the whole."""
+    return _masks(1, (0.5, 0.5), batch, size, rt, seed, iteration, even_width=True)
 
 
 def xor_box_masks(batch: int, size: int, rt, seed: int, iteration: int) -> Tensor:

@@ -1,5 +1,6 @@
 """mIoU from one confusion matrix over the whole validation set, kept on the device and summed over processes."""
 
+import argparse
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.augment import IGNORE, normalise
+from common.data import eval_loader
+from common.datasets import DataSource
 from common.runtime import Runtime
 from kernels import pseudo_label
 
@@ -153,3 +156,37 @@ def evaluate(
             network.train(modes[name])
     matrices = rt.add_up(matrices)
     return {name: scores(matrix) for name, matrix in zip(names, matrices)}
+
+
+def validate(
+    networks: dict[str, nn.Module],
+    data: DataSource,
+    args: argparse.Namespace,
+    rt: Runtime,
+    *,
+    average: bool = False,
+    audit: bool = False,
+) -> tuple[dict[str, Scores], dict[str, float]]:
+    """Score networks on the validation pictures as the settings say.
+
+    Args:
+        networks: name -> network, the method's result first.
+        data: the data set.
+        args: `eval_window`, `kernels`, and what the loader reads.
+        rt: the process.
+        average: see `evaluate`.
+        audit: where masks of unlabelled pictures are at hand to measure with, measure the first network's labels of these.
+
+    Returns:
+        name -> Scores, and {"pseudo_accuracy": share of right pixels} or {}.
+    """
+
+    def on(items, shown, average):
+        loader = eval_loader(data, items, args, rt)
+        return evaluate(shown, loader, data.num_classes, rt, args.eval_window, average, args.kernels)
+
+    results = on(data.val, networks, average)
+    if not audit or not data.audit:
+        return results, {}
+    first = next(iter(networks))
+    return results, {"pseudo_accuracy": on(data.audit, {first: networks[first]}, False)[first].accuracy}

@@ -12,6 +12,7 @@ from common.data import EvalSet
 from common.datasets import DataSource
 from common.evaluate import predict
 from common.runtime import Runtime
+from kernels import pseudo_label
 
 NOT_CURVES = {"iteration", "epoch", "lr", "seconds", "peak_memory_mb"}
 
@@ -59,24 +60,31 @@ def colourise(labels: np.ndarray, colours: tuple) -> np.ndarray:
     return table[labels]
 
 
+def some_pictures(data: DataSource, count: int) -> list[dict]:
+    """`count` samples, or all, spread evenly over the validation pictures."""
+    items = data.val[:: max(1, len(data.val) // count)][:count]
+    part = EvalSet(data, items)
+    return [part[index] for index in range(len(items))]
+
+
 @torch.no_grad()
 def predictions(
     network: nn.Module, data: DataSource, args: argparse.Namespace, rt: Runtime, path: Path, count: int = 6
 ) -> None:
     """A row of `count` validation pictures each: input, target, prediction."""
     plt = pyplot()
-    items = data.val[:: max(1, len(data.val) // count)][:count]
+    samples = some_pictures(data, count)
     rows = [[], [], []]
     was_training = network.training
     network.eval()
-    for sample in (EvalSet(data, items)[index] for index in range(len(items))):
+    for sample in samples:
         labels = predict(network, normalise(sample["image"][None].to(rt.device)), args.eval_window, args.kernels)[0]
         target = sample["target"].numpy()
         shown = sample["image"].numpy(), colourise(target, data.colours), colourise(labels.cpu().numpy(), data.colours)
         for row, picture in zip(rows, shown):
             row.append(picture)
     network.train(was_training)
-    figure, axes = plt.subplots(3, len(items), figsize=(2.2 * len(items), 5.6), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(3, len(samples), figsize=(2.2 * len(samples), 5.6), squeeze=False, layout="constrained")
     for line, title, row in zip(axes, ("input", "target", "prediction"), rows):
         for axis, picture in zip(line, row):
             axis.imshow(picture, interpolation="nearest")
@@ -106,4 +114,54 @@ def reliability_figure(points: list[tuple[float, float, bool]], path: Path) -> N
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+@torch.no_grad()
+def reliable_pixels_figure(
+    teacher: nn.Module, fill: torch.Tensor, sure: float, data: DataSource, args: argparse.Namespace, rt: Runtime
+) -> None:
+    """U2PL's view of four validation pictures, to RUN/figures/reliable_pixels.png.
+
+    Rows: input, prediction, entropy, and the pixels that are reliable (green) and unreliable (red) at α_0. Below, for each
+    class, how full its memory bank is, and the share of the pixels predicted as it that qualify as anchors.
+
+    Args:
+        teacher: in eval mode.
+        fill: (C,) shares of the banks.
+        sure: probability that an anchor must exceed.
+        data: the data set.
+        args: `alpha0` in percent, `kernels`, `output_dir`.
+        rt: the process.
+    """
+    plt = pyplot()
+    samples = some_pictures(data, 4)
+    found = []
+    for sample in samples:
+        logits = teacher.eval()(normalise(sample["image"][None].to(rt.device)))
+        size = sample["image"].shape[:2]
+        result = pseudo_label(logits, size, with_confidence=True, with_entropy=True, impl=args.kernels)
+        found.append([part[0].cpu().numpy() for part in result])
+    low, high = np.percentile(np.concatenate([entropy.ravel() for *_, entropy in found]), [args.alpha0, 100 - args.alpha0])
+    predicted = np.zeros(len(data.classes))
+    anchors = predicted.copy()
+    figure = plt.figure(figsize=(2.2 * len(samples), 9.5), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(4, 1.2))
+    axes = upper.subplots(4, len(samples), squeeze=False)
+    for column, sample, (label, confidence, entropy) in zip(axes.T, samples, found):
+        parts = np.where((entropy >= high)[..., None], (214, 69, 65), (96, 169, 96)).astype(np.uint8)
+        for axis, image in zip(column, (sample["image"].numpy(), colourise(label, data.colours), entropy, parts)):
+            axis.imshow(image, interpolation="nearest", vmin=0, vmax=np.log(len(data.classes)))
+            axis.set(xticks=[], yticks=[])
+        predicted += np.bincount(label.ravel(), minlength=len(predicted))
+        anchors += np.bincount(label[(confidence > sure) & (entropy <= low)], minlength=len(predicted))
+    for axis, title in zip(axes[:, 0], ("input", "prediction", "entropy", f"highest {args.alpha0:g} % red")):
+        axis.set_ylabel(title)
+    bars = {"fill of the memory bank, %": fill.cpu(), "anchors among its pixels, %": anchors / predicted.clip(1)}
+    for axis, (title, values) in zip(lower.subplots(1, 2), bars.items()):
+        axis.barh(data.classes, 100 * np.asarray(values), color=np.array(data.colours) / 255, edgecolor="grey")
+        axis.tick_params(labelsize=7)
+        axis.invert_yaxis()
+        axis.set_title(title, fontsize=9)
+    figure.savefig(Path(args.output_dir) / "figures" / "reliable_pixels.png", dpi=100)
     plt.close(figure)

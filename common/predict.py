@@ -43,6 +43,9 @@ def load_network(run: Path, which: str, name: str | None, device: torch.device) 
     name = name or next(iter(content["networks"]))
     args = description["args"]
     network = DeepLabV3Plus(args["backbone"], len(description["classes"]), "none", args["output_stride"])
+    if name in content["networks"]:  # a method may have trained further heads, such as U2PL's features: not needed here
+        wanted = network.state_dict().keys()
+        content["networks"][name] = {key: value for key, value in content["networks"][name].items() if key in wanted}
     checkpoint.load_networks(content, {name: network}, path)
     return network.to(device).eval(), description
 

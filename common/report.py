@@ -109,16 +109,18 @@ class Report:
         args, data = self.args, self.data
         if not self.rt.is_main:
             return
-        size = sum(parameter.numel() for parameter in next(iter(networks.values())).parameters()) / 1e6
+        sizes = [sum(parameter.numel() for parameter in network.parameters()) / 1e6 for network in networks.values()]
         self.say(f"{args.method} on {data.name}: {data.protocol}, {len(data.val)} for validation, {len(data.classes)} classes")
         self.say(
-            f"{len(networks)} x DeepLabv3+ {args.backbone} ({size:.1f} M parameters), weights {args.weights}, "
-            f"output stride {args.output_stride}"
+            f"{sum(size > 0 for size in sizes)} x DeepLabv3+ {args.backbone} ({sizes[0]:.1f} M parameters), "
+            f"weights {args.weights}, output stride {args.output_stride}"
         )
         self.say(
             f"{self.schedule}, batch {args.batch_size} x {self.rt.world}, crop {args.crop_size}, lr {args.lr}, "
             f"seed {args.seed}, {self.rt.device}; run folder {self.folder}"
         )
+        for line in (line for network in networks.values() for line in getattr(network, "notes", ())):
+            self.say(line)
         if args.eval_only:
             return
         rows = [
@@ -210,7 +212,8 @@ class Report:
         more = "".join(f"  {name} {100 * value:.2f}" for name, value in (measured or {}).items())
         self.say(f"eval {done:>6}/{self.schedule.total}  mIoU {100 * result.miou:.2f} (best {100 * self.best:.2f}){more}")
         if better:
-            checkpoint.write(checkpoint.header(done, self.args, networks), self.folder / "best.pt")
+            trained = {name: network for name, network in networks.items() if any(True for _ in network.parameters())}
+            checkpoint.write(checkpoint.header(done, self.args, trained), self.folder / "best.pt")  # without a memory bank
 
     def record(self, done: int, values: dict[str, float]) -> None:
         cuda = self.rt.device.type == "cuda"

@@ -137,6 +137,14 @@ class Runtime:
             dist.all_reduce(value)
         return value
 
+    def collect(self, value: Tensor) -> list[Tensor]:
+        """`value`, of one shape everywhere, from every process in the order of their ranks; no gradient."""
+        if self.world == 1:
+            return [value]
+        parts = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(self.world)]
+        dist.all_gather(parts, value.contiguous())
+        return parts
+
     def gather(self, mine: dict) -> dict:
         """The entries of all processes' dicts."""
         parts = [mine]
@@ -149,9 +157,9 @@ class Runtime:
         """Average BatchNorm statistics over processes, before evaluating or saving (SyncBatchNorm keeps them equal)."""
         if self.world == 1:
             return
-        for network in networks.values():
-            for buffer in network.buffers():
-                if buffer.is_floating_point():
+        for module in (module for network in networks.values() for module in network.modules()):
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                for buffer in (module.running_mean, module.running_var):
                     dist.all_reduce(buffer)
                     buffer /= self.world
 

@@ -1,7 +1,8 @@
 """Operations on the head's low-resolution logits; see each file for its equation. Nothing here imports `common`."""
 
+from kernels.contrast import memory_contrast
 from kernels.cross_entropy import cross_entropy
 from kernels.percentile import drop_unreliable, masked_percentile
 from kernels.pseudo_label import PseudoLabel, pseudo_label
 
-__all__ = ["PseudoLabel", "cross_entropy", "drop_unreliable", "masked_percentile", "pseudo_label"]
+__all__ = ["PseudoLabel", "cross_entropy", "drop_unreliable", "masked_percentile", "memory_contrast", "pseudo_label"]

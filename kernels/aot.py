@@ -1,10 +1,11 @@
 """Compile the kernels ahead of time and read off what they cost: `python -m kernels.aot [--target sm_90]`. Needs no GPU.
 
 One row a kernel and shape: registers a thread, bytes spilled to local memory, stack, shared memory, and the instructions that a
-warp issues for each of its pixels and classes (for kernels over a flat map: for each value). The latter two come from the
-disassembled cubin: the bodies of the loops over the classes, divided by the pixels of a lane and by how often the compiler
-unrolled the loop, or for kernels without a loop the whole program. The bound is the time to issue them all on an H200,
-132 multiprocessors x 4 warp instructions a cycle at 1.755 GHz: a floor that no run can beat, not a measurement.
+warp issues for each of its pixels and classes (for kernels over a flat map: for each value; for the contrast: for each
+negative). The latter two come from the disassembled cubin: the bodies of the loops over the classes, divided by the pixels of a
+lane and by how often the compiler unrolled the loop, or for kernels without a loop the whole program. The bound is the time to
+issue them all on an H200, 132 multiprocessors x 4 warp instructions a cycle at 1.755 GHz: a floor that no run can beat,
+not a measurement.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels.contrast import TOGETHER, memory_contrast_kernel
 from kernels.cross_entropy import cross_entropy_kernel
 from kernels.cross_entropy_full import KEPT_CLASSES, full_size_kernel
 from kernels.cross_entropy_full import LANES as FULL_SIZE_LANES
@@ -127,6 +129,16 @@ def cases(logits: str = "bf16") -> list[Case]:
         "n": "i32",
     }
     add(Case("drop_unreliable", drop_unreliable_kernel, types, {"IGNORE": 255, "BLOCK": BLOCK}, 4, 1, n, each))
+    types = {
+        "anchors_ptr": f"*{logits}", "positives_ptr": "*fp32", "bank_ptr": "*fp16", "indices_ptr": "*i32",
+        "classes_ptr": "*i32", "loss_ptr": "*fp32", "gradient_ptr": "*fp32", "capacity": "i32", "A": "i32",
+        "inverse_temperature": "fp32",
+    }  # fmt: skip
+    for width in (256, 64):
+        constants = {"M": 50, "D": width, "WIDTH": width, "TOGETHER": TOGETHER, "ACC": tl.float32}
+        turns = triton.cdiv(50, TOGETHER)
+        work = 19 * 256 * turns * TOGETHER * 32  # a warp a negative
+        add(Case(f"memory_contrast, {width} features", memory_contrast_kernel, types, constants, 1, TOGETHER, work))
     return found
 
 

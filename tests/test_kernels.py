@@ -19,7 +19,7 @@ from conftest import NATIVE, run, settings
 
 import cps
 from common import datasets, losses
-from kernels import PseudoLabel, cross_entropy, drop_unreliable, masked_percentile, pseudo_label
+from kernels import PseudoLabel, cross_entropy, drop_unreliable, masked_percentile, memory_contrast, pseudo_label
 from kernels.interpolation import axis
 
 MODULES = [sys.modules[f"kernels.{name}"] for name in ("cross_entropy", "cross_entropy_map", "pseudo_label")]
@@ -295,6 +295,82 @@ def test_drop_unreliable(where):
     assert torch.equal(all_kept, label) and count.item() == 4
 
 
+def contrast_example(k, a, d, m, dtype, device="cpu", capacity=40):
+    """Inputs of `memory_contrast`, classes out of order, a bank with an empty row; and the loss in float64, by torch."""
+    generator = torch.Generator().manual_seed(0)
+    anchors, positives, bank = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((k, a, d), (k, d), (k + 2, capacity, d))
+    )
+    anchors[0, 0] *= 100
+    positives[0] *= 0.01
+    bank[:, 3] = 0
+    anchors, positives, bank = anchors.to(dtype), positives.to(dtype), bank.to(dtype)
+    indices = torch.randint(0, capacity, (k, a, m), generator=generator, dtype=torch.int32)
+    indices[0, 0, 0] = 3
+    classes = torch.arange(k + 1, 1, -1, dtype=torch.int32)
+    exact = anchors.double().requires_grad_()
+    similarity = torch.cat([
+        F.cosine_similarity(exact, positives.double()[:, None], dim=2)[..., None],
+        F.cosine_similarity(exact[:, :, None], bank.double()[classes.long()[:, None, None], indices.long()], dim=3),
+    ], 2)  # fmt: skip
+    expected = -(similarity / 0.5).log_softmax(2)[..., 0]
+    inputs = [each.to(device) for each in (anchors, positives, bank, indices, classes)]
+    inputs[0].requires_grad_()
+    return inputs, exact, expected
+
+
+@pytest.mark.parametrize(
+    "k, a, d, m, dtype",
+    [
+        (3, 5, 20, 7, torch.float32),
+        (1, 1, 1, 1, torch.float32),
+        (2, 4, 256, 50, torch.float32),
+        (2, 3, 64, 50, torch.bfloat16),
+        (2, 3, 41, 9, torch.float16),
+        (2, 3, 41, 9, torch.float64),
+    ],
+)
+def test_memory_contrast_and_gradient(k, a, d, m, dtype, where):
+    impl, device = where
+    inputs, exact, expected = contrast_example(k, a, d, m, dtype, device)
+    upstream = torch.rand(k, a, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (wanted,) = torch.autograd.grad(expected, exact, upstream)
+    before = [each.detach().clone() for each in inputs]
+    loss = memory_contrast(*inputs, impl=impl)
+    (gradient,) = torch.autograd.grad(loss, inputs[0], upstream.to(device, loss.dtype))
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and gradient.dtype == dtype
+    torch.testing.assert_close(loss.double().cpu(), expected, rtol=2e-6, atol=1e-6)
+    tolerance = 1e-2 if dtype.itemsize == 2 else 1e-5
+    for row in range(k):  # lengths of anchors, and so gradients, differ a hundredfold
+        for column in range(a):
+            error = (gradient[row, column].double().cpu() - wanted[row, column]).abs().max()
+            assert error <= tolerance * wanted[row, column].abs().max() + 1e-9
+    assert all(torch.equal(now, then) for now, then in zip(inputs, before))
+    again = memory_contrast(*inputs, impl=impl)
+    (repeated,) = torch.autograd.grad(again, inputs[0], upstream.to(device, loss.dtype))
+    assert torch.equal(again, loss) and torch.equal(repeated, gradient)
+
+
+def test_memory_contrast_of_equal_vectors_and_of_opposite_ones(where):
+    """By hand: all similarities 1, so log(1 + M); negatives opposite to anchor and positive, so log(1 + M e^(-2/T))."""
+    impl, device = where
+    anchors, bank = torch.ones(1, 2, 4, device=device), torch.ones(1, 5, 4, device=device)
+    indices, classes = torch.zeros(1, 2, 3, dtype=torch.int32, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    loss = memory_contrast(anchors, 7 * anchors[:, 0], bank, indices, classes, impl=impl)
+    assert loss.flatten().tolist() == pytest.approx([math.log(4)] * 2)
+    loss = memory_contrast(anchors, anchors[:, 0], -bank, indices, classes, temperature=0.25, impl=impl)
+    assert loss.flatten().tolist() == pytest.approx([math.log(1 + 3 * math.exp(-8))] * 2, abs=1e-6)
+    for changes, message in (
+        ({"positives": torch.ones(2, 4)}, "do not fit"),
+        ({"indices": indices.long()}, "int32"),
+        ({"bank": torch.ones(1, 4, 5).transpose(1, 2)}, "contiguous"),
+        ({"temperature": 0.01}, "at least 0.05"),
+    ):
+        options = {"anchors": anchors, "positives": anchors[:, 0], "bank": bank, "indices": indices, "classes": classes}
+        with pytest.raises(ValueError, match=message):
+            memory_contrast(**{**options, **changes}, impl=impl)
+
+
 @pytest.mark.parametrize("size", [(5, 7), (2, 3)])
 def test_gradcheck(size, where):
     impl, device = where
@@ -303,6 +379,8 @@ def test_gradcheck(size, where):
     weight = torch.rand(target.shape, dtype=torch.float64, device=device)
     assert torch.autograd.gradcheck(lambda x: cross_entropy(x, target, impl=impl), logits.requires_grad_())
     assert torch.autograd.gradcheck(lambda x: cross_entropy(x, target, pixel_weight=weight, impl=impl), logits)
+    (anchors, *others), _, _ = contrast_example(2, 2, 3, 4, torch.float64, device)
+    assert torch.autograd.gradcheck(lambda x: memory_contrast(x, *others, impl=impl), anchors)
 
 
 # On a CPU opcheck's compiled part runs the op itself, interpreted, and so takes seconds each.
@@ -320,6 +398,8 @@ def test_opcheck(where):
     torch.library.opcheck(ops.pseudo_label.default, (logits, 9, 17, True, True, False, impl))
     torch.library.opcheck(ops.masked_percentile.default, (entropy, entropy > 0.2, numbers, impl))
     torch.library.opcheck(ops.drop_unreliable.default, (target, entropy, torch.tensor(0.5, device=device), 255, impl))
+    inputs, _, _ = contrast_example(2, 3, 8, 4, torch.float32, device)
+    torch.library.opcheck(ops.memory_contrast.default, (*inputs, 0.5, impl))
     if impl == "triton":
         torch.library.opcheck(ops.cross_entropy_full.default, (small.requires_grad_(), small_target, None, None, 255))
 
@@ -327,13 +407,17 @@ def test_opcheck(where):
 def test_compiles_without_a_graph_break(where):
     impl, device = where
     logits, target = example((1, 3, 3, 5), (9, 17), device, torch.float32)
+    inputs, _, _ = contrast_example(2, 3, 8, 4, torch.float32, device)
+    others = [each.detach() for each in inputs[1:]]
 
     def step(logits, target):
+        anchors = logits.flatten()[:24].view(2, 3, 4).repeat(1, 1, 2)
+        contrast = memory_contrast(anchors, *others, impl=impl).mean()
         found = pseudo_label(logits, target.shape[1:], with_entropy=True, impl=impl)
         threshold = masked_percentile(found.entropy, target != 255, 80.0, impl=impl)
         label, count = drop_unreliable(found.label, found.entropy, threshold, impl=impl)
         full = cross_entropy(logits, target[:, :3, :5], impl=impl)
-        return cross_entropy(logits, target, impl=impl) + cross_entropy(logits, label, impl=impl) + full, count
+        return cross_entropy(logits, target, impl=impl) + cross_entropy(logits, label, impl=impl) + full + contrast, count
 
     eager, count = step(logits.requires_grad_(), target)
     (expected,) = torch.autograd.grad(eager, logits)

@@ -10,6 +10,7 @@ import cps
 import mean_teacher
 import stpp
 import supervised
+import u2pl
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -25,7 +26,7 @@ def test_the_first_two_commands_are_all_the_set_up():
     assert COMMANDS[1] in (ROOT / ".ci" / "run").read_text()
 
 
-SCRIPTS = {script.__file__.rsplit("/", 1)[-1]: script for script in (cps, mean_teacher, stpp, supervised)}
+SCRIPTS = {script.__file__.rsplit("/", 1)[-1]: script for script in (cps, mean_teacher, stpp, supervised, u2pl)}
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if any(f" {name}" in command for name in SCRIPTS)])
