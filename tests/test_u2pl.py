@@ -210,7 +210,7 @@ def test_reliable_pixels_and_their_loss_are_the_definition(rt):
 
 def prepared(rt, *flags: str):
     """Networks, two batches and settings of a step on the built-in data."""
-    args = u2pl.parse_args(["--crop-size", "32", "-b", "2", "--dropout", "0", *flags])
+    args = u2pl.parse_args(["--crop-size", "32", "-b", "2", "--dropout", "0", "--warmup-iters", "0", *flags])
     data = datasets.load(settings())
     torch.manual_seed(0)
     networks = u2pl.build_networks(args, data, rt)
