@@ -11,7 +11,7 @@ the memory that the call allocates, the bytes that the operation must move at le
 bandwidth that this makes, the share of the bound by exponentials (16 a cycle and multiprocessor), and whether the operation
 meets its gate (bf16 on an H200, by the graph's time: what the GPU takes, without the host's calls).
 
-`--step cps` times a whole training step, once with this package and once the usual way.
+`--step cps` or `--step u2pl` times a whole training step, once with this package and once the usual way.
 """
 
 import argparse
@@ -28,10 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import cross_entropy, drop_unreliable, masked_percentile, pseudo_label
-from kernels.step import step_cps
+from kernels import cross_entropy, drop_unreliable, masked_percentile, memory_contrast, pseudo_label
+from kernels.step import compare_steps
 from kernels.timing import Machine, gpu_machine, time_cpu, time_gpu, triton_version
-from kernels.usual import usual_cross_entropy, usual_drop, usual_percentile, usual_pseudo_label
+from kernels.usual import usual_contrast, usual_cross_entropy, usual_drop, usual_percentile, usual_pseudo_label
 
 SHAPES = ["8x21x129x129:513x513", "4x19x193x193:769x769", "8x21x128x128:512x512", "4x19x200x200:800x800"]
 CPU_SHAPES = ["2x21x129x129:513x513", "4x11x48x48:192x192"]
@@ -80,10 +80,21 @@ class Op(NamedTuple):
     tolerance: float
 
 
-def with_gradient(loss: Callable[..., Tensor], logits: Tensor, target: Tensor, **options) -> tuple[Tensor, Tensor]:
-    """Loss and its gradient."""
-    value = loss(logits, target, **options)
-    return value.detach(), *torch.autograd.grad(value, logits)
+def with_gradient(loss: Callable[..., Tensor], variable: Tensor, *inputs: Tensor, **options) -> tuple[Tensor, Tensor]:
+    """Loss, and the gradient of its sum."""
+    value = loss(variable, *inputs, **options)
+    return value.detach(), *torch.autograd.grad(value.sum(), variable)
+
+
+def contrast_inputs(classes: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """U2PL's sizes: 256 anchors a class, 50 negatives an anchor, 256 features; on a CPU a bank of 2000 keys a class."""
+    generator = torch.Generator().manual_seed(0)
+    capacity = 30_000 if device.type == "cuda" else 2000
+    anchors, positives = (torch.randn(*shape, 256, generator=generator) for shape in ((classes, 256), (classes,)))
+    bank = F.normalize(torch.randn(classes, capacity, 256, generator=generator), dim=2).half()
+    indices = torch.randint(0, capacity, (classes, 256, 50), generator=generator, dtype=torch.int32)
+    anchors = anchors.to(device, dtype).requires_grad_()
+    return [anchors, *(x.to(device) for x in (positives, bank, indices, torch.arange(classes, dtype=torch.int32)))]
 
 
 def operations(shape: Shape, dtype: torch.dtype, device: torch.device, gates: dict[str, float]) -> dict[str, Op]:
@@ -158,7 +169,20 @@ def operations(shape: Shape, dtype: torch.dtype, device: torch.device, gates: di
             0,
         ),
     }
+    contrast = contrast_inputs(shape.c, dtype, device)
+    ops["memory_contrast"] = Op(
+        {
+            "eager": part(with_gradient, usual_contrast, *contrast),
+            "compile": part(with_gradient, torch.compile(usual_contrast, dynamic=False), *contrast),
+            impl: part(with_gradient, memory_contrast, *contrast, impl=impl),
+        },
+        shape.c * 256 * (50 * (256 * 2 + 4) + 256 * (item + 4)),
+        shape.c * 256 * 51,
+        gates.get("memory_contrast"),
+        2e-2 if half else 2e-5,
+    )
     if device.type != "cuda":
+        del ops["memory_contrast"].providers["compile"]
         del ops["cross_entropy"].providers["compile"]
         return ops
     large = F.interpolate(logits.detach().float(), size, mode="bilinear", align_corners=True).to(dtype).requires_grad_()
@@ -231,6 +255,7 @@ GATES = {  # microseconds on an H200, at the shapes of VOC and Cityscapes; CPS's
     "pseudo_label": 45,
     "percentile": 80,
     "cross_entropy_full": 105,
+    "memory_contrast": 85,
 }
 
 
@@ -253,7 +278,7 @@ def main() -> None:
     parser.add_argument("--provider", type=lambda text: text.split(","), default=[], help="eager,compile,triton (default: all)")
     parser.add_argument("--csv", metavar="FILE", help="write the rows there, with the machine and versions in each")
     parser.add_argument("--plot", metavar="FILE", help="draw the medians as bars")
-    parser.add_argument("--step", choices=["cps"], help="time a whole training step instead")
+    parser.add_argument("--step", choices=["cps", "u2pl"], help="time a whole training step instead")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="(default: cuda)")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -261,7 +286,7 @@ def main() -> None:
         return
     device = torch.device(args.device)
     if args.step:
-        step_cps(device)
+        compare_steps(args.step, device)
         return
     cuda = args.device == "cuda"
     dtype = args.dtype or ("bf16" if cuda else "fp32")

@@ -77,6 +77,19 @@ def time_cpu(function: Callable, repeats: int = 9) -> Timing:
     return Timing(statistics.median(seconds), low, high, None, None)
 
 
+def peak_cpu(call: Callable) -> int:
+    """Bytes of PyTorch's memory on the host that a call has allocated at its peak, beyond what was there before."""
+    options = {"activities": [torch.profiler.ProfilerActivity.CPU], "profile_memory": True, "acc_events": True}
+    with torch.profiler.profile(**options) as profile:
+        call()
+    live = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    return most
+
+
 def triton_version() -> str:
     """Or a dash where it is not installed."""
     try:

@@ -31,6 +31,24 @@ def usual_pseudo_label(
     return PseudoLabel(label.to(torch.uint8), confidence, entropy)
 
 
+def usual_contrast(
+    anchors: Tensor,
+    positives: Tensor,
+    bank: Tensor,
+    indices: Tensor,
+    classes: Tensor,
+    *,
+    temperature: float = 0.5,
+    impl: str = "",
+) -> Tensor:
+    """Gather the negatives, then torch's cosine similarity and cross-entropy."""
+    negatives = bank[classes[:, None, None], indices].float()  # (K,A,M,D)
+    candidates = torch.cat([positives[:, None, None].expand(-1, anchors.shape[1], 1, -1), negatives], 2)
+    similarity = F.cosine_similarity(anchors.float()[:, :, None], candidates, dim=3) / temperature
+    target = torch.zeros(anchors.shape[:2], dtype=torch.long, device=anchors.device)
+    return F.cross_entropy(similarity.transpose(1, 2), target, reduction="none")
+
+
 def usual_percentile(values: Tensor, valid_mask: Tensor, q: list[float]) -> Tensor:
     """To the host and numpy, as the released code of U2PL does."""
     return torch.from_numpy(np.percentile(values[valid_mask].cpu().numpy(), q)).float().to(values.device)
