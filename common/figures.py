@@ -1,6 +1,7 @@
 """The pictures of a run: curves and predictions."""
 
 import argparse
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,70 @@ def predictions(
         line[0].set_ylabel(title)
     shown_classes = [plt.Rectangle((0, 0), 1, 1, color=np.array(colour) / 255) for colour in data.colours]
     figure.legend(shown_classes, data.classes, loc="outside lower center", ncols=min(len(data.classes), 7), fontsize=8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def bars(labels: list[str], values: list[list[float]], path: Path) -> None:
+    """Means of the mIoU in percent as bars, with the standard deviation and every seed's value as a dot."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(1.6 + 0.9 * len(labels), 3.8), layout="constrained")
+    for place, seeds in enumerate(values):
+        spread = np.std(seeds, ddof=1) if len(seeds) > 1 else 0.0
+        axis.bar(place, np.mean(seeds), yerr=spread, capsize=4, color="tab:blue", alpha=0.7)
+        axis.scatter([place] * len(seeds), seeds, s=10, color="black", zorder=3)
+    lowest, highest = min(map(min, values)), max(map(max, values))
+    axis.set_ylim(max(0.0, lowest - 2 * (highest - lowest) - 1), highest + 0.3 * (highest - lowest) + 1)
+    axis.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=8)
+    axis.set_ylabel("mIoU, % (axis cut)")
+    axis.grid(axis="y", alpha=0.3)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def measure_curves(runs: dict[str, list[Path]], measure: str, path: Path) -> None:
+    """A column of metrics.csv over the iterations, in percent: the mean over the files of each label."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    for label, files in runs.items():
+        points: dict[int, list[float]] = {}
+        for file in files:
+            with open(file, newline="") as text:
+                for row in csv.DictReader(text):
+                    if row[measure]:
+                        points.setdefault(int(row["iteration"]), []).append(100 * float(row[measure]))
+        axis.plot(list(points), [np.mean(values) for values in points.values()], label=label)
+    axis.set(xlabel="iteration", ylabel=f"{measure}, %")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+@torch.no_grad()
+def side_by_side(runs: dict[str, Path], path: Path, count: int = 5) -> None:
+    """A page of `count` validation pictures: input, target, and the prediction of the last checkpoint of each run."""
+    from common import datasets
+    from common.predict import load_network
+
+    plt = pyplot()
+    networks = {label: load_network(folder, "last", None, torch.device("cpu")) for label, folder in runs.items()}
+    settings = argparse.Namespace(**next(iter(networks.values()))[1]["args"])
+    data = datasets.load(settings)
+    samples = some_pictures(data, count)
+    figure, axes = plt.subplots(
+        len(samples), 2 + len(runs), figsize=(1.7 * (2 + len(runs)), 1.8 * len(samples)), squeeze=False, layout="constrained"
+    )
+    for line, sample in zip(axes, samples):
+        shown = {"input": sample["image"].numpy(), "target": colourise(sample["target"].numpy(), data.colours)}
+        for label, (network, _) in networks.items():
+            labels = predict(network, normalise(sample["image"][None]), settings.eval_window)[0]
+            shown[label] = colourise(labels.numpy(), data.colours)
+        for axis, (label, picture) in zip(line, shown.items()):
+            axis.imshow(picture, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            if line is axes[0] or line[0] is axes[0, 0]:
+                axis.set_title(label, fontsize=8)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

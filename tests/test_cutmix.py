@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from common.cutmix import draw_boxes, half_area_masks, mix, rasterise, xor_box_masks
+from common.cutmix import draw_boxes, half_area_masks, mix, rasterise, wide_box_masks, xor_box_masks
 
 
 def test_the_half_area_box_covers_half_and_stays_inside(rt):
@@ -14,6 +14,14 @@ def test_the_half_area_box_covers_half_and_stays_inside(rt):
     heights = masks.any(2).sum(1)
     assert heights.min() >= 63 and heights.max() <= 128
     assert heights.float().std() > 10  # the aspect really varies
+
+
+def test_the_wide_box_covers_half_and_its_width_is_uniform(rt):
+    masks = wide_box_masks(400, 128, rt, seed=1, iteration=3)
+    assert (masks.float().mean((1, 2)) - 0.5).abs().max() < 0.01
+    widths = masks.any(1).sum(1).float() / 128
+    assert widths.min() < 0.52 and widths.max() > 0.98
+    assert abs(widths.mean().item() - 0.75) < 0.03 and abs(widths.std().item() - 0.5 / 12**0.5) < 0.02  # U(1/2, 1)
 
 
 def test_boxes_stay_inside_and_reach_every_edge():

@@ -1,0 +1,281 @@
+"""All methods on one data set, or an experiment of a paper: `python -m common.compare --data shapes --split 1/8 --seeds 3`.
+
+Every run is a process of its own with a folder OUT/METHOD/SPLIT-seedN; a finished one is reused, a stopped one resumed, so that
+the whole can be stopped and started again. All get the same backbone, output stride, crop, batch and iterations of each trained
+network: methods are compared, not presets. What is printed is also left in OUT:
+
+    EXPERIMENT.md, .csv     mIoU of the last evaluation: every seed, mean and standard deviation; best in brackets; time; memory
+    EXPERIMENT.png          bars with the standard deviation
+    EXPERIMENT-curve.png    a measure over the iterations, for the experiments that are about one
+    predictions.png         picture by picture: input, target, prediction of each method (first seed)
+
+Flags after `--` go to every script: `python -m common.compare --data voc -- --data-dir VOCdevkit --amp bf16`.
+"""
+
+import argparse
+import csv
+import importlib
+import json
+import math
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from common import InputError, checkpoint, cli
+from common.experiments import EXPERIMENTS, METHODS, Experiment, Variant
+
+# What all methods share: of CPS's preset for the data set, with each data set's backbone.
+SHARED = {
+    "shapes": {"backbone": "tiny", "output_stride": 8, "crop_size": 64, "batch_size": 8, "max_iters": 1400},
+    "camvid": {"backbone": "resnet50", "output_stride": 16, "crop_size": 320, "batch_size": 8, "max_iters": 12_000},
+    "voc": {"backbone": "resnet50", "output_stride": 16, "crop_size": 512, "batch_size": 8, "max_iters": 39_000},
+    "cityscapes": {"backbone": "resnet50", "output_stride": 16, "crop_size": 800, "batch_size": 8, "max_iters": 44_500},
+    "folder": {"backbone": "resnet50", "output_stride": 16, "crop_size": 512, "batch_size": 8, "max_iters": 20_000},
+}
+LAST_LINE = re.compile(r"^miou_last=([\d.]+) miou_best=([\d.]+)$")
+
+
+class Result(NamedTuple):
+    """One finished run: mIoU in percent, seconds of training and evaluation of all its networks, MiB at the peak."""
+
+    last: float
+    best: float
+    seconds: float
+    memory: int
+
+
+class Row(NamedTuple):
+    """One line of a table."""
+
+    variant: Variant
+    split: str
+    folders: list[Path]
+    results: list[Result]
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(result.last for result in self.results)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over the seeds; NaN for a single one."""
+        return statistics.stdev(result.last for result in self.results) if len(self.results) > 1 else math.nan
+
+    @property
+    def published(self) -> float | None:
+        known = self.variant.published
+        return known.get(self.split) if isinstance(known, dict) else known
+
+
+def run_folder(out: Path, variant: Variant, split: str, seed: int) -> Path:
+    """OUT/METHOD/SPLIT-seedN, METHOD being the script and its flags."""
+    method = variant.command.replace(".py", "").replace(" --", "_").replace(" ", "-")
+    return out / method / f"{split.replace('/', '-')}-seed{seed}"
+
+
+def read_result(folder: Path) -> Result | None:
+    """The result of a run, or None if it is not finished; the stages of ST and ST++ are added up."""
+    log = folder / "log.txt"
+    found = LAST_LINE.match(log.read_text().splitlines()[-1]) if log.is_file() and log.stat().st_size else None
+    if not found:
+        return None
+    seconds, memory = 0.0, 0
+    for part in (folder, *folder.glob("stage-*")):
+        with open(part / "metrics.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        seconds += float(rows[-1]["seconds"])
+        memory = max(memory, *(int(row["peak_memory_mb"] or 0) for row in rows))
+    return Result(float(found[1]), float(found[2]), seconds, memory)
+
+
+def check_settings(folder: Path, script: str, flags: list[str]) -> None:
+    """A run that is there must have been started with these flags.
+
+    Raises:
+        InputError: it was not; the message names folder and settings.
+    """
+    wanted = json.loads(json.dumps(vars(importlib.import_module(script.removesuffix(".py")).parse_args(flags))))
+    found = checkpoint.read_description(folder)["args"]
+    fixed = [key for key in wanted if key in found and key not in cli.FREE_ON_RESUME]
+    other = [f"{key}={found[key]}" for key in fixed if found[key] != wanted[key]]
+    if other:
+        raise InputError(f"{folder} holds a run with {', '.join(other)}; choose another --output")
+
+
+def run(variant: Variant, split: str, seed: int, args: argparse.Namespace, number: str) -> tuple[Path, Result]:
+    """One run: reused, resumed or started; `number` is printed before its command.
+
+    Raises:
+        InputError: the run failed, or the folder holds another one.
+    """
+    folder = run_folder(args.output, variant, split, seed)
+    place = f"[{number}] {variant.command} --split {split} --seed {seed}"
+    script, *own = shlex.split(variant.command)
+    shared = {"data": args.data, "split": split, "seed": seed, **args.shared, "output_dir": folder}
+    flags = [*own, *(f"--{key.replace('_', '-')}={value}" for key, value in shared.items()), *args.rest]
+    started = (folder / "args.json").is_file()
+    if started:
+        check_settings(folder, script, flags)
+    result = read_result(folder)
+    if result is None:
+        print(f"{place}: {'resumed' if started else 'started'}", flush=True)
+        flags = [f"--resume={folder}"] if started else flags
+        code = call([*shlex.split(args.launcher), script, *flags])
+        result = read_result(folder)
+        if code or result is None:
+            raise InputError(f"{script} ended with exit code {code}; see {folder / 'log.txt'}, and start this again to go on")
+    print(f"{place}: {result.last:.2f} in {minutes(result.seconds)}", flush=True)
+    return folder, result
+
+
+def call(command: list[str]) -> int:
+    """Run a command, its output in the run's log.txt alone; Ctrl-C reaches it too, and it is given time to save."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
+
+
+def minutes(seconds: float) -> str:
+    """1234.5 -> "20.6 min"."""
+    return f"{seconds / 60:.1f} min"
+
+
+# -------------------------------------------------------------------------------------------------------------- reports
+
+
+def table(experiment: Experiment, rows: list[Row], args: argparse.Namespace) -> str:
+    """The results in Markdown, with the command that makes them."""
+    splits = len({row.split for row in rows}) > 1
+    seeds = [f"seed {seed}" for seed in range(args.seeds)]
+    head = ["method", *(["split"] if splits else []), *seeds, "mean", "sd", "time", "memory", "published"]
+    lines = [
+        f"{experiment.title}; {args.data}, {args.seeds} seeds, mIoU last (best) in percent:",
+        "",
+        f"    {args.command}",
+        "",
+    ]
+    lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in rows:
+        cells = [row.variant.label, *([row.split] if splits else [])]
+        cells += [f"{result.last:.2f} ({result.best:.2f})" for result in row.results]
+        cells += [f"{row.mean:.2f}", "-" if math.isnan(row.spread) else f"{row.spread:.2f}"]
+        cells.append(minutes(statistics.mean(result.seconds for result in row.results)))
+        cells.append(f"{max(result.memory for result in row.results)} MiB")
+        cells.append("-" if row.published is None else f"{row.published:.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *readings(rows)])
+
+
+def readings(rows: list[Row]) -> list[str]:
+    """Against the first row of each split: the difference published and the one measured, and whether they agree."""
+    lines = []
+    for row in rows:
+        first = next(other for other in rows if other.split == row.split)
+        if row is first or row.published is None or first.published is None:
+            continue
+        published, measured = row.published - first.published, row.mean - first.mean
+        noise = math.sqrt((row.spread**2 + first.spread**2) / len(row.results))  # standard error of the difference
+        agrees = "the same sign" if published * measured > 0 else "DISAGREES with the paper"
+        if math.isnan(noise) or abs(measured) < 2 * noise:
+            agrees = "within the noise: says nothing either way"
+        lines.append(
+            f"- {row.variant.label} against {first.variant.label} at {row.split}: published {published:+.2f}, "
+            f"here {measured:+.2f}, standard error {noise:.2f}: {agrees}."
+        )
+    return lines
+
+
+def write_reports(name: str, experiment: Experiment, rows: list[Row], args: argparse.Namespace) -> None:
+    """Print the table; write it with the figures to OUT."""
+    from common import figures
+
+    text = table(experiment, rows, args)
+    print("\n" + text + "\n", flush=True)
+    (args.output / f"{name}.md").write_text(text + "\n")
+    with open(args.output / f"{name}.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", "command", "split", "seed", "miou_last", "miou_best", "seconds", "memory_mb"])
+        for row in rows:
+            for seed, result in enumerate(row.results):
+                writer.writerow([row.variant.label, row.variant.command, row.split, seed, *result])
+    labels = [row.variant.label + (f", {row.split}" if experiment.splits else "") for row in rows]
+    figures.bars(labels, [[result.last for result in row.results] for row in rows], args.output / f"{name}.png")
+    if experiment.curve:
+        runs = {label: [folder / "metrics.csv" for folder in row.folders] for label, row in zip(labels, rows)}
+        figures.measure_curves(runs, experiment.curve, args.output / f"{name}-curve.png")
+    folders = {label: row.folders[0] for label, row in zip(labels, rows) if row.split == rows[0].split}
+    figures.side_by_side(folders, args.output / "predictions.png")
+    print(f"in {args.output}: {name}.md, {name}.csv, {name}.png, predictions.png")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; `shared` holds the settings that all runs get, `rest` the flags after `--`."""
+    argv = sys.argv[1:] if argv is None else argv
+    cut = argv.index("--") if "--" in argv else len(argv)
+    own, rest = argv[:cut], argv[cut + 1 :]
+    parser = argparse.ArgumentParser(
+        prog="python -m common.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", choices=list(SHARED), default="shapes", help="data set (default: shapes)")
+    parser.add_argument("--split", default="1/8", help="labelled share, as the scripts take it (default: 1/8)")
+    parser.add_argument("--seeds", type=cli.positive, default=3, metavar="N", help="seeds 0 to N-1 (default: 3)")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help=f"of {', '.join(METHODS)}")
+    named = ", ".join(EXPERIMENTS)
+    parser.add_argument("--experiment", nargs="+", choices=list(EXPERIMENTS), metavar="NAME", help=f"instead: {named}")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of runs and tables (default: runs/compare-DATA)")
+    parser.add_argument("--launcher", default=shlex.quote(sys.executable), help="such as 'torchrun --nproc_per_node 4'")
+    shared = parser.add_argument_group("shared by all runs (defaults depend on the data set)")
+    shared.add_argument("--backbone")
+    shared.add_argument("--output-stride", type=int)
+    shared.add_argument("--crop-size", type=cli.positive, metavar="PX")
+    shared.add_argument("-b", "--batch-size", type=cli.positive, metavar="N", help="a process")
+    shared.add_argument("--max-iters", type=cli.positive, metavar="N", help="iterations of each trained network")
+    args = parser.parse_args(own)
+    if args.methods and args.experiment:
+        parser.error("--methods chooses rows of the comparison of all methods; leave it out with --experiment")
+    args.shared = {key: getattr(args, key) or value for key, value in SHARED[args.data].items()}
+    args.rest, args.command = rest, "python -m common.compare " + shlex.join(argv)
+    args.output = args.output or Path("runs") / f"compare-{args.data}"
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is missing, then report.
+
+    Raises:
+        InputError: a run failed, or a folder holds another one.
+    """
+    args = parse_args(argv)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {args.output}: {error.strerror}") from None
+    for name in args.experiment or ["methods"]:
+        experiment = EXPERIMENTS[name]
+        if args.methods:
+            experiment = experiment._replace(variants=tuple(METHODS[method] for method in args.methods))
+        todo = [(variant, split) for split in experiment.splits or (args.split,) for variant in experiment.variants]
+        rows = []
+        for index, (variant, split) in enumerate(todo):
+            numbers = [f"{index * args.seeds + seed + 1}/{len(todo) * args.seeds}" for seed in range(args.seeds)]
+            done = [run(variant, split, seed, args, number) for seed, number in enumerate(numbers)]
+            rows.append(Row(variant, split, [folder for folder, _ in done], [result for _, result in done]))
+        write_reports(name, experiment, rows, args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as problem:
+        print(f"compare: error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("compare: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,119 @@
+"""What `common.compare` runs: the methods, and experiments of the papers in small. Data only.
+
+Published figures are mIoU in percent, with the network and data of each paper: to compare orders with, not values.
+"""
+
+from typing import NamedTuple
+
+
+class Variant(NamedTuple):
+    """One row of a table: a script with flags, and the paper's mIoU for it, one number or by split, if printed there."""
+
+    label: str
+    command: str
+    published: float | dict[str, float] | None = None
+
+
+class Experiment(NamedTuple):
+    """Rows that are compared with the first one.
+
+    Attributes:
+        title: what is compared, and where it was published.
+        variants: the rows.
+        splits: label splits to repeat it for; empty for the one of `--split`.
+        curve: a column of metrics.csv to draw over the iterations, or "".
+    """
+
+    title: str
+    variants: tuple[Variant, ...]
+    splits: tuple[str, ...] = ()
+    curve: str = ""
+
+
+METHODS = {
+    "supervised": Variant("SupOnly", "supervised.py"),
+    "mean_teacher": Variant("Mean Teacher", "mean_teacher.py"),
+    "cutmix_seg": Variant("CutMix-Seg", "mean_teacher.py --cutmix"),
+    "st": Variant("ST", "stpp.py --plain"),
+    "stpp": Variant("ST++", "stpp.py"),
+    "u2pl": Variant("U2PL", "u2pl.py"),
+    "cps_no_cutmix": Variant("CPS without CutMix", "cps.py --no-cutmix"),
+    "cps": Variant("CPS", "cps.py"),
+}
+
+FOUR = ("1/16", "1/8", "1/4", "1/2")
+EXPERIMENTS = {
+    "methods": Experiment("all methods", tuple(METHODS.values())),
+    "cps-cutmix": Experiment(
+        "CPS with and without CutMix (published: VOC, ResNet-101)",
+        (
+            Variant("CPS without CutMix", "cps.py --no-cutmix", {"1/16": 72.18, "1/8": 75.83, "1/4": 77.55, "1/2": 78.64}),
+            Variant("CPS", "cps.py", {"1/16": 74.48, "1/8": 76.44, "1/4": 77.68, "1/2": 78.64}),
+        ),
+        splits=FOUR,
+    ),
+    "cps-fig5": Experiment(
+        "CPS against self-training, CPS Fig. 5 (bars without numbers: CPS above self-training)",
+        (Variant("ST", "stpp.py --plain"), Variant("CPS without CutMix", "cps.py --no-cutmix"), Variant("CPS", "cps.py")),
+    ),
+    "cps-fig7": Experiment(
+        "overlap of the two networks, CPS Fig. 7 (a curve that rises)",
+        (Variant("CPS without CutMix", "cps.py --no-cutmix"), Variant("CPS", "cps.py")),
+        curve="overlap",
+    ),
+    "stpp-table5": Experiment(
+        "which pictures to augment strongly, ST++ Table 5 (VOC, ResNet-50, 1/8)",
+        (
+            Variant("ST: unlabelled", "stpp.py --plain", 73.3),
+            Variant("ST: none", "stpp.py --plain --strong-aug none", 71.4),
+            Variant("ST: both", "stpp.py --plain --strong-aug both", 73.0),
+        ),
+    ),
+    "stpp-table6": Experiment(
+        "what to label first, ST++ Table 6 (VOC, ResNet-50, 1/8)",
+        (
+            Variant("all at once (ST)", "stpp.py --plain", 73.3),
+            Variant("a random half", "stpp.py --selection random", 73.9),
+            Variant("the reliable half (ST++)", "stpp.py", 74.4),
+        ),
+    ),
+    "u2pl-table4": Experiment(
+        "which unlabelled pixels are negatives, U2PL Table 4 (VOC, ResNet-101, 1/8)",
+        (
+            Variant("unreliable (U2PL)", "u2pl.py", 79.01),
+            Variant("reliable", "u2pl.py --negatives reliable", 77.30),
+            Variant("all", "u2pl.py --negatives all", 77.40),
+        ),
+    ),
+    "u2pl-table5": Experiment(
+        "ranks of the negatives r_l, r_h, U2PL Table 5 (VOC, ResNet-101, 1/8)",
+        (
+            Variant("3, 20 (U2PL)", "u2pl.py", 79.01),
+            Variant("1, 3", "u2pl.py --low-rank 1 --high-rank 3", 78.57),
+            Variant("1, 20", "u2pl.py --low-rank 1 --high-rank 20", 78.64),
+            Variant("3, 10", "u2pl.py --low-rank 3 --high-rank 10", 78.27),
+            Variant("10, 20", "u2pl.py --low-rank 10 --high-rank 20", 78.62),
+        ),
+    ),
+    "u2pl-table6": Experiment(
+        "components, U2PL Table 6 (VOC, ResNet-101, 1/4)",
+        (
+            Variant("all (U2PL)", "u2pl.py", 79.30),
+            Variant("no DPA", "u2pl.py --no-dpa", 78.49),
+            Variant("no PRT", "u2pl.py --no-prt", 79.07),
+            Variant("all negatives", "u2pl.py --negatives all", 77.57),
+            Variant("no contrast", "u2pl.py --no-contrast"),
+            Variant("no contrast, no DPA", "u2pl.py --no-contrast --no-dpa", 73.02),
+            Variant("contrast alone", "u2pl.py --no-dpa --no-prt --negatives all", 77.08),
+        ),
+    ),
+    "u2pl-table7": Experiment(
+        "initial share of unreliable pixels α_0, U2PL Table 7 (VOC, ResNet-101, 1/8)",
+        (
+            Variant("20 % (U2PL)", "u2pl.py", 79.01),
+            Variant("10 %", "u2pl.py --alpha0 10", 77.80),
+            Variant("30 %", "u2pl.py --alpha0 30", 77.34),
+            Variant("40 %", "u2pl.py --alpha0 40", 76.77),
+        ),
+    ),
+}

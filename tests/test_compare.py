@@ -1,0 +1,99 @@
+"""The comparison of all methods: what it runs, reuses, resumes and refuses, and what its tables say."""
+
+import importlib
+import math
+import os
+import shlex
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import run
+from PIL import Image
+from test_scripts import same, start, wait_for, weights
+
+from common import compare
+from common.compare import Result, Row
+from common.experiments import EXPERIMENTS, METHODS, Variant
+
+SHORT = ("-m", "common.compare", "--seeds", "1", "--max-iters", "4", "--crop-size", "32", "-b", "2")
+REST = ("--", "--eval-iters", "4", "--log-interval", "1", "--device", "cpu")
+
+
+def test_it_runs_reuses_and_reports(tmp_path):
+    methods = ("--methods", "supervised", "cps")
+    result = run(*SHORT, *methods, "--output", tmp_path, *REST)
+    assert "[1/2] supervised.py --split 1/8 --seed 0: started" in result.stdout
+    folders = [tmp_path / name / "1-8-seed0" for name in ("supervised", "cps")]
+    last = [(folder / "log.txt").read_text().splitlines()[-1].split()[0].removeprefix("miou_last=") for folder in folders]
+    table = (tmp_path / "methods.md").read_text()
+    assert all(f"| {label} | {value} (" in table for label, value in zip(("SupOnly", "CPS"), last)) and table in result.stdout
+    assert len((tmp_path / "methods.csv").read_text().splitlines()) == 3
+    for name in ("methods.png", "predictions.png"):
+        assert Image.open(tmp_path / name).width > 300
+    before = [(folder / "last.pt").stat().st_mtime_ns for folder in folders]
+    again = run(*SHORT, *methods, "--output", tmp_path, *REST)
+    assert "started" not in again.stdout and [(folder / "last.pt").stat().st_mtime_ns for folder in folders] == before
+    other = run(*SHORT, "--methods", "cps", "--output", tmp_path, *REST, "--lr", "0.5", expect=2)
+    assert "cps/1-8-seed0 holds a run with lr=0.1; choose another --output" in other.stderr
+
+
+def test_a_comparison_that_is_stopped_goes_on(tmp_path):
+    command = (*SHORT, "--max-iters", "12", "--methods", "supervised", "--output")
+    run(*command, tmp_path / "whole", *REST)
+    process = start(*command, tmp_path / "stopped", *REST, "--save-interval", "1")
+    wait_for(process, "started")
+    log = tmp_path / "stopped" / "supervised" / "1-8-seed0" / "log.txt"
+    while not (log.is_file() and "iter" in log.read_text()):
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches the run, too
+    rest = process.stdout.read()
+    assert process.wait() == 130 and "the same command goes on" in rest, rest
+    result = run(*command, tmp_path / "stopped", *REST, "--save-interval", "1")
+    assert "resumed" in result.stdout
+    assert same(*(weights(tmp_path / name / "supervised" / "1-8-seed0") for name in ("whole", "stopped")))
+
+
+def test_a_run_that_fails_is_named(tmp_path):
+    result = run(*SHORT, "--methods", "cps", "--split", "3/4", "--output", tmp_path, *REST, expect=2)
+    assert "--split 3/4" in result.stderr and "cps.py ended with exit code 2" in result.stderr.splitlines()[-1]
+
+
+def test_every_variant_has_flags_that_exist():
+    commands = {variant.command for experiment in EXPERIMENTS.values() for variant in experiment.variants}
+    assert commands >= {variant.command for variant in METHODS.values()}
+    folders = set()
+    for command in commands:
+        script, *flags = shlex.split(command)
+        importlib.import_module(script.removesuffix(".py")).parse_args(flags)
+        folders.add(compare.run_folder(Path("out"), Variant("", command), "1/8", 0))
+    assert len(folders) == len(commands)
+
+
+def row(label: str, values: list[float], published: float | None) -> Row:
+    results = [Result(value, value + 1, 60.0, 100) for value in values]
+    return Row(Variant(label, "cps.py", published), "1/8", [], results)
+
+
+def test_the_table_reads_differences_against_their_noise():
+    rows = [
+        row("first", [70.0, 71.0, 72.0], 75.0),
+        row("better", [75.0, 76.0, 77.0], 77.0),
+        row("worse", [60.0, 61.0, 62.0], 76.0),
+        row("equal", [70.0, 71.0, 73.0], 74.0),
+        row("unpublished", [1.0, 1.0, 1.0], None),
+    ]
+    found = compare.readings(rows)
+    assert "better against first at 1/8: published +2.00, here +5.00, standard error 0.82: the same sign" in found[0]
+    assert "DISAGREES" in found[1] and "within the noise" in found[2] and len(found) == 3
+    assert rows[0].mean == 71 and rows[0].spread == 1 and math.isnan(row("one", [3.0], None).spread)
+    with_splits = {"1/8": 5.0}
+    assert Row(Variant("", "", with_splits), "1/8", [], []).published == 5.0
+    assert Row(Variant("", "", with_splits), "1/4", [], []).published is None
+
+
+def test_methods_and_experiments_exclude_each_other():
+    with pytest.raises(SystemExit):
+        compare.parse_args(["--methods", "cps", "--experiment", "cps-fig5"])
+    args = compare.parse_args(["--data", "voc", "--backbone", "resnet101", "--", "--amp", "bf16"])
+    assert args.shared["backbone"] == "resnet101" and args.shared["max_iters"] == 39_000 and args.rest == ["--amp", "bf16"]
