@@ -11,30 +11,32 @@ classes, in memory banks that a contrastive loss draws from. The teacher is a mo
        L_u = (pixels / reliable pixels) · mean over reliable pixels of CE(p_u, ŷ_u)                            [section 3.2]
 4. At the head's resolution, for each class c in the batch; O(c) is c's rank in the teacher's probabilities p':  [section 3.3]
        anchors a:    student's features where the label is c and p'(c) > δ_p, of labelled pixels and of unlabelled ones with
-                     H up to the α_e-th percentile
+                     H up to its α_e-th percentile
        positive a+:  mean of the teacher's features over such pixels with label c, whatever p'(c)
        negatives a-: teacher's features of labelled pixels with y != c and O(c) < r_l, and of unreliable unlabelled pixels
                      with r_l <= O(c) < r_h (probability rank threshold, PRT); they enter the bank of c, first in first out
        L_c = mean over classes and anchors of -log( e^(a·a+/τ) / (e^(a·a+/τ) + sum of 50 e^(a·a-/τ)) ), cosine similarities
-5. L = L_s + L_u + λ_c·L_c;  SGD step;  teacher <- α·teacher + (1-α)·student,  α = min(1 - 1/t, 0.99) at t = 1, 2, ...
+5. L = L_s + L_u + λ_c·L_c;  SGD step;  teacher <- m·teacher + (1-m)·student,  m = min(1 - 1/t, 0.99) at t = 1, 2, ...
    Before, in the warm-up, L = L_s and the teacher is a copy of the student. The teacher is the result.
 
 | symbol | variable | symbol | variable         | symbol   | variable                      | symbol | variable        |
 |--------|----------|--------|------------------|----------|-------------------------------|--------|-----------------|
 | y      | target_l | p, p'  | logits, logits_t | r_l, r_h | args.low_rank, args.high_rank | L_s    | loss_sup        |
-| ŷ_u    | label_u  | H, γ   | entropy, high    | a, a+    | anchors, positives            | L_u    | loss_unsup      |
+| ŷ_u    | label_u  | H, γ   | entropy, gamma   | a, a+    | anchors, positives            | L_u    | loss_unsup      |
 | α_e    | alpha    | δ_p, τ | SURE, TEMPERATURE | a-      | bank.keys                     | L_c    | loss_contrast   |
 
-Logged: `kept`, the share of unlabelled pixels in L_u; `anchors`, the share of all pixels that qualify; `bank_fill`.
+Logged: `kept`, the share of unlabelled pixels in L_u; `anchors`, the share of all pixels that qualify; `fill` of the bank.
 
 Differences from the paper and the released code:
 1. The release asks that a negative's own label be c, so labelled pixels give none: --negatives-as-released.
-2. λ_c is 1 as released; the paper says 0.1. The bank keeps 30 000 keys of every class (release: 50 000 of class 0) on the
-   device; of more than 1024 new ones a class and step a random 1024 enter, so that shapes are fixed and nothing waits.
-3. The release pairs the i-th class present with the bank of class i, lets teacher and student be one network in the first
+2. As released and not as in the paper: λ_c is 1 (0.1), unlabelled anchors have the lowest H (any reliable one), and p'(c) does
+   not matter for the positive. Without PRT, every class but the label may be a negative.
+3. The bank keeps 30 000 keys of every class (release: 50 000 of class 0), on the device; a random 1024 new ones a class, step
+   and process enter, so that shapes are fixed. Percentiles, positives and the classes present are those of all processes.
+4. The release pairs the i-th class present with the bank of class i, lets teacher and student be one network in the first
    epoch after the warm-up, and does not save the bank. Here classes match, the teacher is a copy, and --resume is exact.
-4. α_e falls with the iteration, not the epoch. The teacher never drops features out; in step 3 BatchNorm uses the batch.
-5. Padding counts nowhere; the release labels it class 0. Without PRT, every class but the label may be a negative.
+5. α_e falls with the iteration, not the epoch. The teacher drops no features; in step 3 its BatchNorm uses the batch. The
+   network is this project's. Padding counts nowhere; the release labels it class 0.
 
     python u2pl.py                                              # built-in data, a CPU, about 5 minutes
     python u2pl.py --data voc --data-dir VOCdevkit --split u2pl-1/8 --amp bf16
@@ -49,7 +51,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import checkpoint, cli, runtime
+from common import InputError, checkpoint, cli, runtime
 from common.augment import IGNORE, normalise
 from common.cutmix import mix, wide_box_masks
 from common.data import load_data, train_loader
@@ -77,7 +79,7 @@ EVERYWHERE = {"batch_size": 16, "head_lr_mult": 10.0, "decay_norm": True, "scale
               "aux_weight": 0.0, "warmup_epochs": 0}
 # fmt: on
 PRESETS = {name: {**EVERYWHERE, **preset} for name, preset in PRESETS.items()}
-MEASURES = ("loss_sup", "loss_unsup", "loss_contrast", "kept", "anchors", "bank_fill")
+MEASURES = ("loss_sup", "loss_unsup", "loss_contrast", "kept", "anchors", "fill")
 EVALUATIONS = ("student_miou", "pseudo_accuracy")
 ANCHORS, NEGATIVES, TEMPERATURE, SURE = 256, 50, 0.5, 0.3  # anchors a class, negatives an anchor, τ, δ_p
 CAPACITY, PUSHED = 30_000, 1024  # keys of a class in the bank; new ones a step, at most
@@ -88,22 +90,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     group = parser.add_argument_group("U2PL")
     add = group.add_argument
-    add("--contrast-weight", type=float, default=1.0, metavar="λ", help="of L_c (default: 1; the paper: 0.1)")
-    add("--no-contrast", dest="contrast", action="store_false", help="without L_c (Table 6)")
-    kinds = ["unreliable", "reliable", "all"]
-    add("--negatives", choices=kinds, default=kinds[0], help="the unlabelled ones (Table 4; default: unreliable)")
-    add("--negatives-as-released", action="store_true", help="negatives of c must be labelled c, too")
-    add("--low-rank", type=int, default=3, metavar="R", help="r_l (Table 5; default: 3)")
-    add("--high-rank", type=int, default=20, metavar="R", help="r_h (Table 5; default: 20)")
-    add("--no-prt", dest="prt", action="store_false", help="negatives whatever the rank (Table 6)")
-    add("--alpha0", type=float, default=20.0, metavar="PERCENT", help="unreliable at first (Table 7; default: 20)")
-    add("--no-dpa", dest="dpa", action="store_false", help="α_e = α_0 throughout (Table 6)")
+    add("--contrast-weight", type=float, default=1.0, metavar="λ", help="of the contrastive loss (default: 1; the paper: 0.1)")
+    add("--no-contrast", dest="contrast", action="store_false", help="leave the contrastive loss out (Table 6)")
+    add("--negatives", choices=["unreliable", "reliable", "all"], default="unreliable", help="unlabelled ones (Table 4)")
+    add("--negatives-as-released", action="store_true", help="only pixels with pseudo-label c are negatives of class c")
+    add("--low-rank", type=int, default=3, metavar="R", help="unlabelled pixels are negatives of classes of this rank, ...")
+    add("--high-rank", type=int, default=20, metavar="R", help="... up to below this one (Table 5; default: 3, 20)")
+    add("--no-prt", dest="prt", action="store_false", help="... or whatever the rank (Table 6)")
+    add("--alpha0", type=float, default=20.0, metavar="PERCENT", help="of pixels unreliable at first (Table 7; default: 20)")
+    add("--no-dpa", dest="dpa", action="store_false", help="keep that percentage throughout (Table 6)")
     add("--cutmix-prob", type=float, default=0.5, metavar="P", help="chance of CutMix (default: 0.5)")
-    add("--ema-decay", type=float, default=0.99, metavar="α", help="at most (default: 0.99)")
-    add("--warmup-iters", type=int, metavar="N", help="first L_s alone (default: an epoch; shapes 200; camvid, cityscapes 0)")
+    add("--ema-decay", type=float, default=0.99, metavar="M", help="of the teacher's average, at most (default: 0.99)")
+    add("--warmup-iters", type=int, metavar="N", help="labelled pictures alone (default: an epoch; shapes 200; city, camvid 0)")
     args = cli.finish(parser, PRESETS, "u2pl", argv)
-    if not 0 <= args.low_rank < args.high_rank:
-        parser.error(f"--low-rank {args.low_rank} --high-rank {args.high_rank}: 0 <= r_l < r_h")
+    if not 0 <= args.low_rank < args.high_rank or (args.negatives_as_released and not args.prt):
+        parser.error("--low-rank must be at least 0 and below --high-rank; --negatives-as-released needs ranks, no --no-prt")
     if not (0 <= args.ema_decay < 1 and 0 <= args.cutmix_prob <= 1 and 0 < args.alpha0 < 50):
         parser.error("--ema-decay lies in [0,1), --cutmix-prob in [0,1], --alpha0 between 0 and 50")
     if (args.warmup_iters or 0) < 0 or not args.contrast_weight >= 0:
@@ -111,11 +112,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def phases(args: argparse.Namespace, data: DataSource, rt: Runtime) -> tuple[int, int]:
+    """Iterations of the warm-up, and of the whole run."""
+    schedule = cli.Schedule(args, len(data.unlabelled), rt.world)
+    return args.warmup_epochs * schedule.per_epoch if args.warmup_iters is None else args.warmup_iters, schedule.total
+
+
 class Network(DeepLabV3Plus):
     """DeepLabv3+ with a second head, which gives features, and on cityscapes an auxiliary one on `layer3`.
 
-    Shape: images (N,3,H,W) -> logits (N,C,h,w); with `return_features` also features (N,D,h,w), None with --no-contrast, and
-    auxiliary logits (N,C,h',w') or None. D is 256 (tiny: 64).
+    Images (N,3,H,W) -> logits (N,C,h,w); with `return_features` also features (N,256,h,w) and auxiliary logits, or None.
     """
 
     def __init__(self, args: argparse.Namespace, num_classes: int):
@@ -148,7 +154,7 @@ class MemoryBank(nn.Module):
         self.register_buffer("keys", torch.zeros(classes, capacity, channels, dtype=torch.float16))
         self.register_buffer("filled", torch.zeros(classes, dtype=torch.int64))
         self.register_buffer("head", torch.zeros(classes, dtype=torch.int64))
-        size = f"{classes} classes x {capacity} keys of {channels}, float16: {2 * self.keys.numel() / 1e6:.0f} MB"
+        size = f"{classes} classes x {capacity} keys of {channels}, {self.keys.dtype}: {self.keys.nbytes / 1e6:.0f} MB"
         self.notes = [f"memory bank: {size}"]
 
     def push(self, keys: Tensor, counts: Tensor, rt: Runtime) -> None:
@@ -169,13 +175,16 @@ class MemoryBank(nn.Module):
 
 def build_networks(args: argparse.Namespace, data: DataSource, rt: Runtime) -> dict[str, nn.Module]:
     """The teacher, which is the result and starts as a copy, the student, and the memory bank."""
+    warm_up, total = phases(args, data, rt)
+    if warm_up >= total:
+        raise InputError(f"nothing of {total} iterations is left after a warm-up of {warm_up}; lower --warmup-iters")
     student = rt.place(Network(args, data.num_classes))
     networks = {"teacher": copy.deepcopy(student).requires_grad_(False).eval(), "student": student}
+    student.notes = [f"warm-up: {warm_up} iterations on labelled pictures alone"]
     if args.contrast:
         bank = networks["bank"] = rt.place(MemoryBank(data.num_classes, CAPACITY, student.feature_channels))
         if data.num_classes <= args.low_rank and args.prt:
-            few = f"no class of {data.num_classes} has rank {args.low_rank} or above"
-            bank.notes.append(f"{few}: unlabelled pictures give no negatives; lower --low-rank, or --no-prt")
+            bank.notes.append(f"no class of {data.num_classes} has rank {args.low_rank}: unlabelled pictures give no negatives")
     return networks
 
 
@@ -214,9 +223,9 @@ def entropy_percentiles(entropy: Tensor, label: Tensor, alpha: float, rt: Runtim
     return masked_percentile(everywhere, everywhere > -0.5, [alpha, 100 - alpha], impl=impl)
 
 
-def unsup_loss(logits: Tensor, label: Tensor, entropy: Tensor, high: Tensor, rt: Runtime, impl: str) -> tuple[Tensor, Tensor]:
+def unsup_loss(logits: Tensor, label: Tensor, entropy: Tensor, gamma: Tensor, rt: Runtime, impl: str) -> tuple[Tensor, Tensor]:
     """Step 3: L_u and the reliable share of the valid pixels; logits (N,C,h,w), label (N,H,W), entropy (N,H,W) and γ ()."""
-    reliable, count = drop_unreliable(label, entropy, high, ignore_index=IGNORE, impl=impl)
+    reliable, count = drop_unreliable(label, entropy, gamma, ignore_index=IGNORE, impl=impl)
     kept = rt.add_up(count) / rt.add_up((label != IGNORE).sum()).clamp_min(1)
     mean = rt.mean(cross_entropy(logits, reliable, ignore_index=IGNORE, reduction="sum", impl=impl), count)
     return mean / kept.clamp_min(1e-6), kept
@@ -226,12 +235,6 @@ def nearest(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Maps (N,H,W) at a lower resolution, (N,h,w), by nearest neighbour."""
     rows, columns = (torch.arange(few, device=maps.device) * many // few for few, many in zip(size, maps.shape[1:]))
     return maps[:, rows[:, None], columns]
-
-
-def among_first(logits: Tensor, rank: int) -> Tensor:
-    """Whether O(c) < rank: (N,C,h,w) bool, True for the `rank` most probable classes of each pixel."""
-    first = logits.topk(min(rank, logits.shape[1]), dim=1).indices
-    return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, first, True)
 
 
 def pixel_roles(
@@ -248,7 +251,7 @@ def pixel_roles(
     Returns:
         (C,P) bool each: makes up the positive; may be an anchor; is a negative.
     """
-    n, size, (low, high) = len(target_l), logits_t.shape[2:], percentiles
+    n, size, (low, gamma) = len(target_l), logits_t.shape[2:], percentiles
     label, entropy = torch.cat([nearest(target_l, size), nearest(label_u, size)]), nearest(entropy, size)
     own = label[:, None] == torch.arange(logits_t.shape[1], device=label.device)[:, None, None]  # (2N,C,h,w)
     valid = label != IGNORE
@@ -256,12 +259,12 @@ def pixel_roles(
     members = own & trusted[:, None]
     candidates = members & (logits_t.float().softmax(1) > SURE)
 
-    unreliable = {"unreliable": entropy >= high, "reliable": entropy < high, "all": valid[n:]}[args.negatives]
+    unreliable = {"unreliable": entropy >= gamma, "reliable": entropy < gamma, "all": valid[n:]}[args.negatives]
     source = torch.cat([valid[:n], valid[n:] & unreliable])
     others = ~own
     if args.prt:
-        likely, possible = among_first(logits_t, args.low_rank), among_first(logits_t, args.high_rank)
-        others = torch.cat([others[:n] & likely[:n], possible[n:] & ~likely[n:]])
+        rank = logits_t.argsort(1, descending=True).argsort(1)  # O(c), (2N,C,h,w)
+        others = torch.cat([others[:n] & (rank < args.low_rank)[:n], ((rank >= args.low_rank) & (rank < args.high_rank))[n:]])
     if args.negatives_as_released:
         others = others & own  # of labelled pixels with y != c none is left
     return tuple(role.transpose(0, 1).flatten(1) for role in (members, candidates, others & source[:, None]))
@@ -327,8 +330,7 @@ def warm_up_step(networks: dict, optimizer: torch.optim.Optimizer, batch: dict, 
     with rt.autocast():
         logits, features, auxiliary = networks["student"](normalise(batch["image"], batch["valid_mask"]), return_features=True)
     loss = supervised_loss(logits, auxiliary, batch["target"], args, rt)
-    # Across processes every parameter must get a gradient.
-    rt.step(loss if features is None else loss + 0 * features.float().mean(), optimizer)
+    rt.step(loss if features is None else loss + 0 * features.float().mean(), optimizer)  # DDP: a gradient for all parameters
     networks["teacher"].load_state_dict(runtime.unwrap(networks["student"]).state_dict())
     return {"loss": loss, "loss_sup": loss, **dict.fromkeys(MEASURES[1:], torch.zeros_like(loss))}
 
@@ -351,8 +353,7 @@ def train_step(
     """One iteration; returns what to log, scalars on the device."""
     student, teacher, bank = (networks.get(name) for name in ("student", "teacher", "bank"))
     batch_l, batch_u = batches
-    schedule = cli.Schedule(args, len(data.unlabelled), rt.world)
-    warm_up = args.warmup_epochs * schedule.per_epoch if args.warmup_iters is None else args.warmup_iters
+    warm_up, total = phases(args, data, rt)
     if iteration < warm_up:
         return warm_up_step(networks, optimizer, batch_l, args, rt)
     images_l, target_l = normalise(batch_l["image"], batch_l["valid_mask"]), batch_l["target"]  # (N,3,H,W), (N,H,W)
@@ -368,7 +369,7 @@ def train_step(
         with torch.no_grad():
             logits_t, features_t, _ = use_batch_statistics(teacher)(images, return_features=True)
     loss_sup = supervised_loss(logits, auxiliary, target_l, args, rt)
-    alpha = args.alpha0 * (1 - iteration / schedule.total) if args.dpa else args.alpha0
+    alpha = args.alpha0 * (1 - iteration / total) if args.dpa else args.alpha0
     entropy = pseudo_label(logits_t[n:], size, with_entropy=True, impl=args.kernels).entropy
     percentiles = entropy_percentiles(entropy, label_u, alpha, rt, args.kernels)
     loss_unsup, kept = unsup_loss(logits[n:], label_u, entropy, percentiles[1], rt, args.kernels)
@@ -393,7 +394,7 @@ def score(
     """Evaluate the teacher, which is the result, and the student; the accuracy of the teacher's pseudo-labels; the figure."""
     results, measured = validate({name: networks[name] for name in ("teacher", "student")}, data, args, rt, audit=True)
     if rt.is_main:
-        fill = networks["bank"].filled / networks["bank"].keys.shape[1] if args.contrast else torch.zeros(data.num_classes)
+        fill = networks["bank"].filled / networks["bank"].keys.shape[1] if args.contrast else None
         reliable_pixels_figure(networks["teacher"], fill, SURE, data, args, rt)
     return results, {"student_miou": results["student"].miou, **measured}
 

@@ -7,6 +7,8 @@ A flag that is not given takes the method's preset for the data set (`PRESETS` i
 import argparse
 import math
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -243,6 +245,27 @@ def fill(args: argparse.Namespace, presets: dict[str, dict]) -> None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.workers is None:
         args.workers = min(4, os.cpu_count() or 1)
+        if shared_memory() < worker_memory(args):
+            if os.environ.get("RANK", "0") == "0":
+                note = "loading without worker processes, slowly; a container needs --shm-size 2g or more"
+                print(f"note: /dev/shm has {shared_memory() / 1e6:.0f} MB: {note}", file=sys.stderr)
+            args.workers = 0
+
+
+def shared_memory() -> float:
+    """Bytes free in /dev/shm, through which loader workers hand over batches: too few, and PyTorch waits forever.
+
+    Infinite where the system has other means.
+    """
+    if sys.platform != "linux":
+        return math.inf
+    return shutil.disk_usage("/dev/shm").free if os.access("/dev/shm", os.W_OK) else 0
+
+
+def worker_memory(args: argparse.Namespace) -> float:
+    """Bytes that the batches in flight may take: 4 a worker of each of 3 loaders, 5 bytes a pixel (RGB, label, valid_mask)."""
+    workers = args.workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return 3 * 4 * workers * args.batch_size * max(args.crop_size, 512) ** 2 * 5  # whole pictures may be larger than crops
 
 
 def check(args: argparse.Namespace, top: argparse.ArgumentParser) -> None:
@@ -263,6 +286,11 @@ def check(args: argparse.Namespace, top: argparse.ArgumentParser) -> None:
         top.error(f"--dropout {args.dropout}: from 0 to below 1")
     if not 0 <= args.seed < 2**32 or args.workers < 0 or args.eval_window < 0:
         top.error("--seed (below 2^32), --workers and --eval-window must not be negative")
+    if shared_memory() < worker_memory(args):
+        top.error(
+            f"-j {args.workers}: the workers need {worker_memory(args) / 1e6:.0f} MB of /dev/shm, which has "
+            f"{shared_memory() / 1e6:.0f}; use -j 0, or start the container with --shm-size 2g or more"
+        )
     try:
         device = torch.device(args.device)
     except RuntimeError:

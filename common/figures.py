@@ -184,7 +184,7 @@ def reliability_figure(points: list[tuple[float, float, bool]], path: Path) -> N
 
 @torch.no_grad()
 def reliable_pixels_figure(
-    teacher: nn.Module, fill: torch.Tensor, sure: float, data: DataSource, args: argparse.Namespace, rt: Runtime
+    teacher: nn.Module, fill: torch.Tensor | None, sure: float, data: DataSource, args: argparse.Namespace, rt: Runtime
 ) -> None:
     """U2PL's view of four validation pictures, to RUN/figures/reliable_pixels.png.
 
@@ -193,7 +193,7 @@ def reliable_pixels_figure(
 
     Args:
         teacher: in eval mode.
-        fill: (C,) shares of the banks.
+        fill: (C,) shares of the banks; None without them.
         sure: probability that an anchor must exceed.
         data: the data set.
         args: `alpha0` in percent, `kernels`, `output_dir`.
@@ -203,7 +203,8 @@ def reliable_pixels_figure(
     samples = some_pictures(data, 4)
     found = []
     for sample in samples:
-        logits = teacher.eval()(normalise(sample["image"][None].to(rt.device)))
+        with rt.autocast():
+            logits = teacher.eval()(normalise(sample["image"][None].to(rt.device)))
         size = sample["image"].shape[:2]
         result = pseudo_label(logits, size, with_confidence=True, with_entropy=True, impl=args.kernels)
         found.append([part[0].cpu().numpy() for part in result])
@@ -222,8 +223,10 @@ def reliable_pixels_figure(
         anchors += np.bincount(label[(confidence > sure) & (entropy <= low)], minlength=len(predicted))
     for axis, title in zip(axes[:, 0], ("input", "prediction", "entropy", f"highest {args.alpha0:g} % red")):
         axis.set_ylabel(title)
-    bars = {"fill of the memory bank, %": fill.cpu(), "anchors among its pixels, %": anchors / predicted.clip(1)}
-    for axis, (title, values) in zip(lower.subplots(1, 2), bars.items()):
+    shares = {"anchors among its pixels, %": anchors / predicted.clip(1)}
+    if fill is not None:
+        shares["fill of the memory bank, %"] = fill.cpu()
+    for axis, (title, values) in zip(lower.subplots(1, len(shares), squeeze=False)[0], shares.items()):
         axis.barh(data.classes, 100 * np.asarray(values), color=np.array(data.colours) / 255, edgecolor="grey")
         axis.tick_params(labelsize=7)
         axis.invert_yaxis()

@@ -254,7 +254,8 @@ class Report:
         self.say(f"{'mean':<{width}}" + "".join(f"{100 * result.miou:>12.2f}" for result in results.values()) + "\n")
         figures.curves(self.rows(), self.folder / "figures" / "curves.png")
         figures.predictions(network, self.data, self.args, self.rt, self.folder / "figures" / "predictions.png")
-        self.say(f"figures in {self.folder / 'figures'}: curves.png, predictions.png; predict your own pictures with")
+        drawn = ", ".join(sorted(path.name for path in (self.folder / "figures").glob("*.png")))
+        self.say(f"figures in {self.folder / 'figures'}: {drawn}; predict your own pictures with")
         self.say(f"  python -m common.predict {self.folder} FOLDER")
         if self.board is not None:
             self.board.close()

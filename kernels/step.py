@@ -1,7 +1,8 @@
 """`python -m kernels.benchmark --step cps|u2pl`: a whole training step with the kernels, and the usual way in their place.
 
-For U2PL the usual way is that of the released code: percentiles by NumPy on the host, queues of keys in the host's memory, a
-loop over the classes, and a class's whole queue copied to the device to draw from it. Both ways start with full banks.
+For U2PL the usual way has the data structures of the released code: percentiles by NumPy on the host, queues of keys in the
+host's memory, a loop over the classes, and a class's whole queue copied to the device to draw from it. Both ways take the same
+negatives, the paper's, at most as many new ones a class and step, and start with full banks, which count as memory.
 """
 
 import functools
@@ -22,15 +23,17 @@ def usual_contrast_loss(features: Tensor, features_t: Tensor, roles: tuple[Tenso
     """`u2pl.contrast_loss` the usual way; `queues.lists` holds a (keys,D) float32 tensor on the host for each class."""
     import u2pl
 
-    vectors, vectors_t = (x.float().permute(0, 2, 3, 1).flatten(0, 2) for x in (features, features_t))
+    vectors, vectors_t = (x.permute(0, 2, 3, 1).flatten(0, 2) for x in (features, features_t))
     loss, present = 0.0, 0
     for c, (member, candidate, negative) in enumerate(zip(*roles)):
         if member.sum() == 0:
             continue
         present += 1
-        positive = vectors_t[member].mean(0)
-        queues.lists[c] = torch.cat([queues.lists[c], vectors_t[negative].cpu()])[-u2pl.CAPACITY :]
-        pixels = vectors[candidate]
+        positive = vectors_t[member].float().mean(0)
+        new = vectors_t[negative]
+        new = new[torch.randperm(len(new), device=new.device)[: u2pl.PUSHED]].float().cpu()
+        queues.lists[c] = torch.cat([queues.lists[c], new])[-u2pl.CAPACITY :]
+        pixels = vectors[candidate].float()
         if len(pixels) == 0 or len(queues.lists[c]) == 0:
             continue
         anchors = pixels[torch.randint(len(pixels), (u2pl.ANCHORS,), device=pixels.device)]
@@ -39,7 +42,7 @@ def usual_contrast_loss(features: Tensor, features_t: Tensor, roles: tuple[Tenso
         others = torch.cat([positive.expand(u2pl.ANCHORS, 1, -1), bank[rows].view(u2pl.ANCHORS, u2pl.NEGATIVES, -1)], 1)
         similarity = F.cosine_similarity(anchors[:, None], others, dim=2) / u2pl.TEMPERATURE
         loss = loss + F.cross_entropy(similarity, torch.zeros(len(similarity), dtype=torch.long, device=pixels.device))
-    return loss / max(present, 1), roles[1].sum() / roles[1].shape[1]
+    return loss / present if present > 1 else 0 * features.sum(), roles[1].sum() / roles[1].shape[1]
 
 
 def patches(method: str, script: ModuleType) -> list[tuple[object, str, object]]:
@@ -82,12 +85,12 @@ def compare_steps(method: str, device: torch.device) -> None:
         "target": torch.randint(0, 21, (count, size, size), generator=generator, dtype=torch.uint8),
     }
     batches = [{key: value.to(device) for key, value in batch.items()}] * (3 if method == "cps" else 2)
-    usual_networks = dict(networks)
+    usual_networks, lists, keys = dict(networks), [], []
     if method == "u2pl":
         bank = networks["bank"]
         bank.keys.copy_(F.normalize(torch.randn(bank.keys.shape, generator=generator), dim=2))
         bank.filled.fill_(bank.keys.shape[1])
-        lists = list(bank.keys.float().cpu())
+        lists, keys = list(bank.keys.float().cpu()), [bank.keys]
         usual_networks["bank"] = SimpleNamespace(lists=lists, keys=bank.keys, filled=bank.filled)
 
     def step(networks: dict) -> None:
@@ -101,11 +104,13 @@ def compare_steps(method: str, device: torch.device) -> None:
                 stack.enter_context(mock.patch.object(script, "SURE", 0.0))
             for place in patches(method, script) if name.startswith("usual") else ():
                 stack.enter_context(mock.patch.object(*place))
+            held = lists if name.startswith("usual") else keys
             call = functools.partial(step, usual_networks if name.startswith("usual") else networks)
             timings[name] = time_gpu(call, capture=False) if cuda else time_cpu(call, 5)
             peaks[name] = timings[name].peak if cuda else peak_cpu(call)
+            peaks[name] += sum(keys.nbytes for keys in held if keys.device.type == device.type)
         print(f"{name:14}{1e3 * timings[name].median:9.1f} ms, peak {peaks[name] / 1e9:.3f} GB", flush=True)
     usual, kernels = ([way, f"{way} again"] for way in ("usual", "kernels"))
     time = sum(timings[name].median for name in usual) / sum(timings[name].median for name in kernels)
     memory = sum(peaks[name] for name in usual) / sum(peaks[name] for name in kernels)
-    print(f"usual / kernels: time {time:.2f}, memory that the step allocates {memory:.2f}")
+    print(f"usual / kernels: time {time:.2f}, memory of step and bank {memory:.2f}")

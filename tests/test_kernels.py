@@ -361,6 +361,10 @@ def test_memory_contrast_of_equal_vectors_and_of_opposite_ones(where):
     assert loss.flatten().tolist() == pytest.approx([math.log(4)] * 2)
     loss = memory_contrast(anchors, anchors[:, 0], -bank, indices, classes, temperature=0.25, impl=impl)
     assert loss.flatten().tolist() == pytest.approx([math.log(1 + 3 * math.exp(-8))] * 2, abs=1e-6)
+    none = (0 * anchors).requires_grad_()  # no direction: similarity 0, and no gradient instead of one of 1e12
+    loss = memory_contrast(none, anchors[:, 0], bank, indices, classes, impl=impl)
+    assert loss.flatten().tolist() == pytest.approx([math.log(4)] * 2)
+    assert torch.autograd.grad(loss.sum(), none)[0].abs().max() == 0
     for changes, message in (
         ({"positives": torch.ones(2, 4)}, "do not fit"),
         ({"indices": indices.long()}, "int32"),

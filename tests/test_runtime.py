@@ -98,6 +98,19 @@ def test_the_window_is_the_crop_and_a_users_list_has_no_published_schedule():
     assert args.output_dir == "runs/cps-voc-my92-seed0"
 
 
+def test_workers_need_shared_memory(monkeypatch, capsys):
+    """PyTorch's workers wait forever where /dev/shm is full, as in a container with little of it."""
+    monkeypatch.setattr(cli, "shared_memory", lambda: 1e6)
+    command = ["--data", "camvid", "--weights", "none"]
+    assert cps.parse_args(command).workers == 0
+    assert "note: /dev/shm has 1 MB" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cps.parse_args([*command, "-j", "1"])
+    assert "which has 1; use -j 0, or start the container with --shm-size" in capsys.readouterr().err
+    monkeypatch.setattr(cli, "shared_memory", lambda: math.inf)
+    assert cps.parse_args([*command, "-j", "1"]).workers == 1
+
+
 def test_seeds_of_different_lengths_differ():
     assert runtime.derive_seed(0, 1, 5) != runtime.derive_seed(0, 1, 5, 0)
 

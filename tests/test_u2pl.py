@@ -3,18 +3,21 @@
 import copy
 import math
 from collections import deque
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import NATIVE, run, settings
+from conftest import NATIVE, run, settings, write_picture
 from test_scripts import same, start, wait_for, weights
 
 import u2pl
-from common import datasets, runtime
+from common import InputError, datasets, runtime
 from common.augment import normalise
+from kernels.step import usual_contrast_loss
 
 
 def example(seed: int = 0, classes: int = 6, n: int = 2, size: int = 12, low_size: int = 5) -> dict:
@@ -209,23 +212,28 @@ def test_reliable_pixels_and_their_loss_are_the_definition(rt):
 
 
 def prepared(rt, *flags: str):
-    """Networks, two batches and settings of a step on the built-in data."""
+    """Networks, two batches and settings of a step on the built-in data; a corner of every picture is padding."""
     args = u2pl.parse_args(["--crop-size", "32", "-b", "2", "--dropout", "0", "--warmup-iters", "0", *flags])
     data = datasets.load(settings())
     torch.manual_seed(0)
     networks = u2pl.build_networks(args, data, rt)
-    return networks, list(next(u2pl.load_batches(args, data, rt, 0, 1))), args, data
+    batches = list(next(u2pl.load_batches(args, data, rt, 0, 1)))
+    for batch in batches:
+        batch["valid_mask"][:, 20:, 24:] = False
+    batches[0]["target"][~batches[0]["valid_mask"]] = 255
+    return networks, batches, args, data
 
 
 def test_a_step_is_the_five_of_the_docstring(rt, monkeypatch):
-    networks, batches, args, data = prepared(rt, "--cutmix-prob", "1", "--max-iters", "100")
+    flags = ("--cutmix-prob", "1", "--max-iters", "100", "--contrast-weight", "0.3", "--ema-decay", "0.9")
+    networks, batches, args, data = prepared(rt, *flags)
     with torch.no_grad():  # a teacher that differs
         for parameter in networks["teacher"].parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     before = copy.deepcopy(networks)
-    roles = []
+    given = []
     contrast = u2pl.contrast_loss
-    monkeypatch.setattr(u2pl, "contrast_loss", lambda *a: roles.append(a) or contrast(*a))
+    monkeypatch.setattr(u2pl, "contrast_loss", lambda *a: given.append(a) or contrast(*a))
     optimizer = torch.optim.SGD(networks["student"].parameters(), lr=0.1)
     measured = u2pl.train_step(networks, optimizer, batches, 40, args, data, rt)
 
@@ -241,10 +249,12 @@ def test_a_step_is_the_five_of_the_docstring(rt, monkeypatch):
         label = torch.where(mask, label.flip(0), label)
         images = torch.cat([normalise(batch_l["image"], batch_l["valid_mask"]), images_u])
         logits_t, features_t, _ = before["teacher"].train()(images, return_features=True)
-        logits = before["student"](images)
+        logits, features, _ = before["student"](images, return_features=True)
         probs = up(logits_t)[2:].softmax(1)
         entropy = torch.special.entr(probs).sum(1)
-    gamma = torch.quantile(entropy[label != 255].double(), 1 - 0.2 * 0.6)  # α_e = 20 % · (1 - 40/100)
+    alpha = 0.2 * 0.6  # 20 % · (1 - 40/100)
+    low, gamma = torch.quantile(entropy[label != 255].double(), torch.tensor([alpha, 1 - alpha], dtype=torch.float64))
+    assert (label == 255).any()
     reliable = (label != 255) & (entropy < gamma)
     loss_sup = F.cross_entropy(up(logits[:2]), batch_l["target"].long(), ignore_index=255)
     each = F.cross_entropy(up(logits[2:]), label, ignore_index=255, reduction="none")
@@ -252,16 +262,33 @@ def test_a_step_is_the_five_of_the_docstring(rt, monkeypatch):
     torch.testing.assert_close(measured["loss_sup"], loss_sup, rtol=1e-5, atol=0)
     torch.testing.assert_close(measured["loss_unsup"], loss_unsup, rtol=1e-3, atol=0)  # a pixel on the edge of γ
     torch.testing.assert_close(measured["kept"], reliable.sum() / (label != 255).sum(), rtol=0, atol=2e-3)
-    torch.testing.assert_close(roles[0][1], features_t, rtol=1e-4, atol=1e-4)
-    assert measured["loss_contrast"] > 0 and measured["bank_fill"] > 0
-    torch.testing.assert_close(measured["loss"], sum(measured[name] for name in ("loss_sup", "loss_unsup", "loss_contrast")))
+    torch.testing.assert_close(given[0][0], features, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(given[0][1], features_t, rtol=1e-4, atol=1e-4)
+    thresholds = torch.stack([low, gamma]).float()
+    expected = u2pl.pixel_roles(logits_t, batch_l["target"], label.to(torch.uint8), entropy, thresholds, args)
+    for found, wanted in zip(given[0][2], expected):  # but for pixels on an edge
+        assert wanted.any() and (found != wanted).float().mean() < 2e-3
+    assert measured["loss_contrast"] > 0 and measured["fill"] > 0
+    torch.testing.assert_close(
+        measured["loss"], measured["loss_sup"] + measured["loss_unsup"] + 0.3 * measured["loss_contrast"]
+    )
     assert all(parameter.grad is None for parameter in networks["teacher"].parameters())
     assert all(parameter.grad.abs().max() > 0 for parameter in networks["student"].parameters())
-    decay = 1 - 1 / 41
-    for teacher, old, student in zip(*(networks[0].parameters() for networks in (
-        (networks["teacher"],), (before["teacher"],), (networks["student"],),
-    ))):  # fmt: skip
+    decay = 0.9  # below 1 - 1/41
+    for teacher, old, student in zip(*(f.parameters() for f in (networks["teacher"], before["teacher"], networks["student"]))):
         torch.testing.assert_close(teacher, decay * old + (1 - decay) * student, rtol=1e-4, atol=1e-6)
+
+
+def test_the_average_warms_up(rt):
+    networks, batches, args, data = prepared(rt)
+    before = copy.deepcopy(networks["teacher"])
+    with torch.no_grad():
+        for parameter in networks["student"].parameters():
+            parameter.add_(torch.randn_like(parameter))
+    optimizer = torch.optim.SGD(networks["student"].parameters(), lr=1e-9)
+    u2pl.train_step(networks, optimizer, batches, 1, args, data, rt)  # t = 2: half and half
+    for teacher, old, student in zip(*(f.parameters() for f in (networks["teacher"], before, networks["student"]))):
+        torch.testing.assert_close(teacher, (old + student) / 2, rtol=1e-4, atol=1e-5)
 
 
 def test_in_the_warm_up_the_teacher_is_a_copy_and_not_the_student(rt):
@@ -276,7 +303,9 @@ def test_in_the_warm_up_the_teacher_is_a_copy_and_not_the_student(rt):
         assert teacher is not student and torch.equal(teacher, student)
     assert networks["bank"].filled.max() > 0
     args = u2pl.parse_args(["--data", "voc", "--weights", "none"])
-    assert (args.warmup_epochs, args.warmup_iters) == (1, None)
+    assert u2pl.phases(args, SimpleNamespace(unlabelled=range(9259)), rt) == (578, 80 * 578)
+    with pytest.raises(InputError, match="nothing of 100 iterations is left after a warm-up of 200"):
+        u2pl.build_networks(u2pl.parse_args(["--max-iters", "100"]), data, rt)
 
 
 def test_ablation_flags_change_what_they_say(rt, monkeypatch):
@@ -306,11 +335,12 @@ def test_cityscapes_has_ohem_an_auxiliary_head_and_window(rt):
 
 
 def test_the_bank_for_voc_fits_and_few_classes_are_announced(rt):
-    assert 2 * 21 * u2pl.CAPACITY * 256 <= 350e6
+    with torch.device("meta"):
+        assert 300e6 < u2pl.MemoryBank(21, u2pl.CAPACITY, 256).keys.nbytes <= 350e6
     data = datasets.load(settings())
     notes = u2pl.build_networks(u2pl.parse_args(["--low-rank", "6"]), data, rt)["bank"].notes
-    assert notes[0] == "memory bank: 6 classes x 30000 keys of 64, float16: 23 MB"
-    assert "no class of 6 has rank 6 or above: unlabelled pictures give no negatives" in notes[1]
+    assert notes[0] == "memory bank: 6 classes x 30000 keys of 64, torch.float16: 23 MB"
+    assert "no class of 6 has rank 6: unlabelled pictures give no negatives" in notes[1]
     assert len(u2pl.build_networks(u2pl.parse_args([]), data, rt)["bank"].notes) == 1
 
 
@@ -330,21 +360,9 @@ def test_killed_with_a_part_filled_bank_and_resumed(tmp_path):
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
     assert "bank" not in torch.load(tmp_path / "whole" / "best.pt", weights_only=True)["networks"]
     assert (tmp_path / "whole" / "figures" / "reliable_pixels.png").is_file()
-    (tmp_path / "pictures").mkdir()
-    datasets_picture = torch.zeros(40, 40, 3, dtype=torch.uint8).numpy()
-    from PIL import Image
-
-    Image.fromarray(datasets_picture).save(tmp_path / "pictures" / "black.png")
+    write_picture(tmp_path / "pictures" / "one.png")
     result = run("-m", "common.predict", tmp_path / "whole", tmp_path / "pictures")
     assert "1 pictures predicted" in result.stdout
-
-
-def test_two_processes_train_and_keep_one_bank(tmp_path):
-    from test_scripts import TORCHRUN
-
-    run(*TORCHRUN, "u2pl.py", *SHORT, "--output-dir", tmp_path / "run")
-    bank = weights(tmp_path / "run")["bank"]
-    assert bank["filled"].max() > 0 and bank["keys"].isfinite().all()
 
 
 # --------------------------------------------------------------------------------------------------------- two processes
@@ -354,8 +372,15 @@ def process_of(rank: int, world: int) -> runtime.Runtime:
     return runtime.Runtime(torch.device("cpu"), rank, world, None, torch.amp.GradScaler("cpu", enabled=False), False)
 
 
+def in_turn(candidates: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`u2pl.choose` without chance: the candidates one after the other."""
+    number = candidates.sum(1)
+    wanted = torch.arange(count) % number.clamp_min(1)[:, None] + 1
+    return torch.searchsorted(candidates.cumsum(1), wanted).clamp_max(candidates.shape[1] - 1), number
+
+
 def terms(rt: runtime.Runtime, inputs: dict, features: torch.Tensor, features_t: torch.Tensor) -> dict:
-    """What must not depend on how the pictures are divided; one candidate a class: nothing is left to chance."""
+    """What must not depend on how the pictures are divided, with nothing left to chance."""
     args = u2pl.parse_args([])
     percentiles = u2pl.entropy_percentiles(inputs["entropy"], inputs["label_u"], 20.0, rt, "torch")
     n = len(inputs["label_u"])
@@ -364,10 +389,13 @@ def terms(rt: runtime.Runtime, inputs: dict, features: torch.Tensor, features_t:
     candidates = torch.zeros_like(members)
     if rt.rank == 0:
         candidates[:5, 7] = True
+    if rt.rank == 1 or rt.world == 1:  # class 0 has anchors in both
+        candidates[0, 7 + 25 * (rt.world == 1)] = True
     bank = u2pl.MemoryBank(6, 500, 8)
     bank.draw = lambda anchors, negatives: torch.zeros(6, anchors, negatives, dtype=torch.int32)
     bank.push(torch.ones(6, 1, 8), torch.ones(6, dtype=torch.int64) * (rt.rank == 0), rt)
-    contrast, _ = u2pl.contrast_loss(features, features_t, (members, candidates, negatives), bank, rt, "torch")
+    with mock.patch.object(u2pl, "choose", in_turn):
+        contrast, _ = u2pl.contrast_loss(features, features_t, (members, candidates, negatives), bank, rt, "torch")
     (gradient,) = torch.autograd.grad(contrast, features)
     held = [sorted(map(tuple, bank.keys[c, : bank.filled[c]].tolist())) for c in range(6)]
     return {"percentiles": percentiles, "unsup": unsup, "kept": kept, "contrast": contrast.detach(), "gradient": gradient,
@@ -405,7 +433,70 @@ def test_two_processes_do_what_one_does_with_the_doubled_batch(tmp_path):
         torch.testing.assert_close((first[name] + second[name]) / 2, one[name], rtol=1e-5, atol=0)
     assert first["bank"] == second["bank"] == one["bank"]
     torch.testing.assert_close(first["gradient"] / 2, one["gradient"][0::2], rtol=1e-4, atol=1e-7)
-    assert second["gradient"].abs().max() == 0 and not math.isnan(one["contrast"].item())
+    torch.testing.assert_close(second["gradient"] / 2, one["gradient"][1::2], rtol=1e-4, atol=1e-7)
+    assert all(each["gradient"].abs().max() > 0 for each in (first, second)) and math.isfinite(one["contrast"].item())
+
+
+def steps_worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    rt = process_of(rank, 2)
+    networks, batches, args, data = prepared(rt, "--warmup-iters", "1")
+    callables = {**networks, "student": rt.wrap(networks["student"])}
+    optimizer = torch.optim.SGD(networks["student"].parameters(), lr=0.1)
+    for iteration, batches in enumerate(u2pl.load_batches(args, data, rt, 0, 4)):
+        measured = u2pl.train_step(callables, optimizer, list(batches), iteration, args, data, rt)
+    parameters = [p.detach() for name in ("student", "teacher") for p in networks[name].parameters()]
+    torch.save([*parameters, *networks["bank"].buffers(), measured["kept"]], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_keep_equal_networks_and_banks(tmp_path):
+    """Through DDP, whose gradients must reach every parameter in the warm-up and after it."""
+    mp.spawn(steps_worker, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert first[-3].max() > 0  # filled
+
+
+def test_the_usual_way_of_the_benchmark_is_the_same_loss(rt):
+    """One candidate and one key a class leave nothing to chance; a second class has an empty queue, a third is absent."""
+    features = torch.randn(4, 8, 5, 5, generator=torch.Generator().manual_seed(0))
+    roles = [torch.zeros(4, 100, dtype=torch.bool) for _ in range(3)]
+    for c, (member, candidate, negative) in enumerate(((10, 11, 50), (20, 21, 60), (30, 31, None))):
+        roles[0][c, [member, candidate]] = roles[1][c, candidate] = True
+        if negative:
+            roles[2][c, negative] = True
+    bank = u2pl.MemoryBank(4, 16, 8)
+    queues = SimpleNamespace(lists=[torch.zeros(0, 8) for _ in range(4)])
+    ours, share = u2pl.contrast_loss(features, features, roles, bank, rt, "torch")
+    theirs, usual_share = usual_contrast_loss(features, features, roles, queues, rt)
+    assert ours > 0 and share == usual_share == 0.03
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not NATIVE, reason="no CUDA device")
+def test_contrast_at_the_size_of_voc_never_waits_for_the_gpu(rt):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(32, 21, 129, 129, generator=generator).cuda()
+    features = torch.randn(32, 256, 129, 129, dtype=torch.bfloat16, device="cuda").requires_grad_()
+    target = torch.randint(0, 21, (16, 513, 513), generator=generator, dtype=torch.uint8).cuda()
+    entropy = torch.rand(16, 513, 513, device="cuda")
+    bank, args = u2pl.MemoryBank(21, u2pl.CAPACITY, 256).cuda(), u2pl.parse_args([])
+
+    def step():
+        percentiles = u2pl.entropy_percentiles(entropy, target, 20.0, rt, "auto")
+        roles = u2pl.pixel_roles(logits, target, target, entropy, percentiles, args)
+        loss, _ = u2pl.contrast_loss(features, features.detach(), roles, bank, rt, "auto")
+        loss.backward()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
@@ -413,14 +504,15 @@ def test_two_processes_do_what_one_does_with_the_doubled_batch(tmp_path):
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
 def test_a_training_step_never_waits_for_the_gpu(amp):
     rt = runtime.Runtime(torch.device("cuda"), 0, 1, amp, torch.amp.GradScaler("cuda", enabled=False), False)
-    networks, batches, args, data = prepared(rt, "--device", "cuda", "--warmup-iters", "1")
+    networks, batches, args, data = prepared(rt, "--device", "cuda", "--warmup-iters", "4")
+    args.ohem = (0.7, 100)
     batches = [rt.to_device(batch) for batch in batches]
     optimizer = torch.optim.SGD(networks["student"].parameters(), lr=0.1, momentum=0.9)
-    for iteration in range(3):  # compiles, and uploads tables
+    for iteration in (0, 4, 5, 6):  # compiles, and uploads tables
         u2pl.train_step(networks, optimizer, batches, iteration, args, data, rt)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for iteration in range(3, 8):  # with CutMix and without
+        for iteration in range(3, 8):  # the warm-up's last; then with CutMix and without
             u2pl.train_step(networks, optimizer, batches, iteration, args, data, rt)
     finally:
         torch.cuda.set_sync_debug_mode("default")
