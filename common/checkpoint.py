@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -71,7 +72,11 @@ def write(content: dict, path: Path) -> None:
         part.replace(path)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error}; the file before it is untouched") from None
+        reason = getattr(error, "strerror", None) or "the write failed"  # torch.save's own words do not mention the disk
+        free = shutil.disk_usage(path.parent).free / 1e6
+        raise InputError(
+            f"cannot write {path}: {reason}, {free:.0f} MB are free there; the file before it is untouched"
+        ) from None
 
 
 def save(

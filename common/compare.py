@@ -174,14 +174,16 @@ def table(experiment: Experiment, rows: list[Row], args: argparse.Namespace) -> 
 
 
 def readings(rows: list[Row]) -> list[str]:
-    """Against the first row of each split: the difference published and the one measured, and whether they agree."""
+    """Against the first row of each split, seed by seed: the difference published and measured, and whether they agree."""
     lines = []
     for row in rows:
         first = next(other for other in rows if other.split == row.split)
         if row is first or row.published is None or first.published is None:
             continue
-        published, measured = row.published - first.published, row.mean - first.mean
-        noise = math.sqrt((row.spread**2 + first.spread**2) / len(row.results))  # standard error of the difference
+        published, pairs = row.published - first.published, zip(row.results, first.results)
+        differences = [ours.last - theirs.last for ours, theirs in pairs]
+        measured, count = statistics.mean(differences), len(differences)
+        noise = statistics.stdev(differences) / math.sqrt(count) if count > 1 else math.nan  # standard error
         agrees = "the same sign" if published * measured > 0 else "DISAGREES with the paper"
         if math.isnan(noise) or abs(measured) < 2 * noise:
             agrees = "within the noise: says nothing either way"

@@ -33,10 +33,10 @@ def curves(rows: list[dict], path: Path) -> None:
     plt = pyplot()
     names = [name for name in (rows[0] if rows else {}) if name not in NOT_CURVES and any(row[name] for row in rows)]
     losses = [name for name in names if name.startswith("loss")]
-    others = [name for name in names if name not in losses and not name.startswith("miou")]
+    others = [name for name in names if name not in losses and "miou" not in name]
     panels = [
         ("training loss", losses, 1),
-        ("validation mIoU, %", [name for name in names if name.startswith("miou")], 100),
+        ("validation mIoU, %", [name for name in names if "miou" in name], 100),
         ("shares, %", others, 100),
     ]
     panels = [panel for panel in panels if panel[1]]

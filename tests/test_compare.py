@@ -78,13 +78,13 @@ def row(label: str, values: list[float], published: float | None) -> Row:
 def test_the_table_reads_differences_against_their_noise():
     rows = [
         row("first", [70.0, 71.0, 72.0], 75.0),
-        row("better", [75.0, 76.0, 77.0], 77.0),
+        row("better", [75.0, 76.0, 78.0], 77.0),
         row("worse", [60.0, 61.0, 62.0], 76.0),
         row("equal", [70.0, 71.0, 73.0], 74.0),
         row("unpublished", [1.0, 1.0, 1.0], None),
     ]
     found = compare.readings(rows)
-    assert "better against first at 1/8: published +2.00, here +5.00, standard error 0.82: the same sign" in found[0]
+    assert "better against first at 1/8: published +2.00, here +5.33, standard error 0.33: the same sign" in found[0]
     assert "DISAGREES" in found[1] and "within the noise" in found[2] and len(found) == 3
     assert rows[0].mean == 71 and rows[0].spread == 1 and math.isnan(row("one", [3.0], None).spread)
     with_splits = {"1/8": 5.0}
