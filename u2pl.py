@@ -88,11 +88,11 @@ CAPACITY, PUSHED = 30_000, 1024  # keys of a class in the bank; new ones a step,
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The settings of a run: the shared flags and those of U2PL."""
     parser = cli.parser(__doc__)
-    group = parser.add_argument_group("U2PL")
-    add = group.add_argument
+    add = parser.add_argument_group("U2PL").add_argument
     add("--contrast-weight", type=float, default=1.0, metavar="λ", help="of the contrastive loss (default: 1; the paper: 0.1)")
     add("--no-contrast", dest="contrast", action="store_false", help="leave the contrastive loss out (Table 6)")
-    add("--negatives", choices=["unreliable", "reliable", "all"], default="unreliable", help="unlabelled ones (Table 4)")
+    kinds = ["unreliable", "reliable", "all"]
+    add("--negatives", choices=kinds, default=kinds[0], help="unlabelled pixels to take (Table 4; default: unreliable)")
     add("--negatives-as-released", action="store_true", help="only pixels with pseudo-label c are negatives of class c")
     add("--low-rank", type=int, default=3, metavar="R", help="unlabelled pixels are negatives of classes of this rank, ...")
     add("--high-rank", type=int, default=20, metavar="R", help="... up to below this one (Table 5; default: 3, 20)")

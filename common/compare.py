@@ -223,7 +223,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cut = argv.index("--") if "--" in argv else len(argv)
     own, rest = argv[:cut], argv[cut + 1 :]
     parser = argparse.ArgumentParser(
-        prog="python -m common.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m common.compare",
+        description=__doc__,
+        epilog="defaults of the shared settings:\n" + "\n".join(f"  {data}: {values}" for data, values in SHARED.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--data", choices=list(SHARED), default="shapes", help="data set (default: shapes)")
     parser.add_argument("--split", default="1/8", help="labelled share, as the scripts take it (default: 1/8)")

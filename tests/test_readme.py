@@ -1,5 +1,6 @@
 """The README's commands are real."""
 
+import ast
 import re
 import shlex
 
@@ -43,6 +44,21 @@ def test_module_commands_exist():
     modules = {match for match in re.findall(r"python -m ([\w.]+)", README)} - {"pytest"}
     for module in modules:
         assert "usage" in run("-m", module, "--help").stdout
+
+
+def test_links_to_functions_point_at_their_lines():
+    links = re.findall(r"\[(\w+)\]\(([\w/]+\.py)#L(\d+)-L(\d+)\)", README)
+    assert len(links) > 20 and len(links) == README.count(".py#L")
+    for name, path, first, last in links:
+        nodes = [node for node in ast.parse((ROOT / path).read_text()).body if getattr(node, "name", "") == name]
+        start = min([nodes[0].lineno, *(decorator.lineno for decorator in nodes[0].decorator_list)])
+        lines = start, nodes[0].end_lineno
+        assert (int(first), int(last)) == lines, f"{path}: {name} is in lines {lines}"
+
+
+def test_the_readme_can_be_read_in_one_sitting():
+    assert len(README.splitlines()) <= 300
+    assert sum(path.stat().st_size for path in (ROOT / "tests" / "pictures").iterdir()) < 200_000
 
 
 def test_paths_in_the_readme_exist():
