@@ -281,6 +281,8 @@ def main() -> None:
     parser.add_argument("--step", choices=["cps", "u2pl"], help="time a whole training step instead")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="(default: cuda)")
     args = parser.parse_args()
+    if args.device == "cpu" and args.op == "cross_entropy_full":
+        parser.error("--op cross_entropy_full: on a CPU that is torch's own cross-entropy, nothing to compare")
     if args.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device is visible: nothing timed (--device cpu times the references)")
         return

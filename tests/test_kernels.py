@@ -539,6 +539,7 @@ def test_the_benchmark_checks_and_times_every_operation(tmp_path):
         for provider in ("eager", "torch")
     }
     assert all(float(row["median_us"]) > 0 and row["gate"] == "" for row in rows)
+    assert "nothing to compare" in run(*command, "--op", "cross_entropy_full", expect=2).stderr
     assert "NxCxhxw:HxW" in run(*command, "--shape", "3x9", expect=2).stderr
     if not NATIVE:
         assert "no CUDA device" in run("-m", "kernels.benchmark").stdout
