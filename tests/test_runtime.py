@@ -17,7 +17,7 @@ import supervised
 import u2pl
 from common import InputError, checkpoint, cli, datasets, runtime
 from common.augment import ScaleFrom, WeakAugment
-from common.data import Key, TrainSet
+from common.data import Key, TrainSet, eval_loader
 from common.evaluate import evaluate
 
 
@@ -152,7 +152,7 @@ def gradients(rank: int, world: int, flags: list[str], batch: int) -> dict:
     measured = cps.train_step(callables, optimizer, batches, 0, args, data, rt)
     loss = rt.add_up(measured["loss"].detach()) / world
     weights = {f"{name}.{key}": p.grad.clone() for name, network in networks.items() for key, p in network.named_parameters()}
-    score = evaluate({"n": networks["model_1"]}, cps.eval_loader(data, data.val[:33], args, rt), data.num_classes, rt)["n"]
+    score = evaluate({"n": networks["model_1"]}, eval_loader(data, data.val[:33], args, rt), data.num_classes, rt)["n"]
     return {"loss": loss, "gradients": weights, "matrix": score.confusion_matrix}
 
 
