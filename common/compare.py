@@ -1,8 +1,8 @@
 """All methods on one data set, or an experiment of a paper: `python -m common.compare --data shapes --split 1/8 --seeds 3`.
 
 Every run is a process of its own with a folder OUT/METHOD/SPLIT-seedN; a finished one is reused, a stopped one resumed, so that
-the whole can be stopped and started again. All get the same backbone, output stride, crop, batch and iterations of each trained
-network: methods are compared, not presets. What is printed is also left in OUT:
+the whole can be stopped and started again. All get the same backbone, output stride, crop, batch (a process) and iterations of
+each trained network; learning rate, decay, scale and OHEM stay each method's own. What is printed is also left in OUT:
 
     EXPERIMENT.md, .csv     mIoU of the last evaluation: every seed, mean and standard deviation; best in brackets; time; memory
     EXPERIMENT.png          bars with the standard deviation
@@ -116,7 +116,7 @@ def run(variant: Variant, split: str, seed: int, args: argparse.Namespace, numbe
     place = f"[{number}] {variant.command} --split {split} --seed {seed}"
     script, *own = shlex.split(variant.command)
     shared = {"data": args.data, "split": split, "seed": seed, **args.shared, "output_dir": folder}
-    flags = [*own, *(f"--{key.replace('_', '-')}={value}" for key, value in shared.items()), *args.rest]
+    flags = [*args.rest, *own, *(f"--{key.replace('_', '-')}={value}" for key, value in shared.items())]  # the last one counts
     started = (folder / "args.json").is_file()
     if started:
         check_settings(folder, script, flags)
@@ -185,7 +185,9 @@ def readings(rows: list[Row]) -> list[str]:
         measured, count = statistics.mean(differences), len(differences)
         noise = statistics.stdev(differences) / math.sqrt(count) if count > 1 else math.nan  # standard error
         agrees = "the same sign" if published * measured > 0 else "DISAGREES with the paper"
-        if math.isnan(noise) or abs(measured) < 2 * noise:
+        if published == 0 or not any(differences):
+            agrees = "no difference " + ("published" if published == 0 else "at all: these flags change nothing here")
+        elif math.isnan(noise) or abs(measured) < 2 * noise:
             agrees = "within the noise: says nothing either way"
         lines.append(
             f"- {row.variant.label} against {first.variant.label} at {row.split}: published {published:+.2f}, "
@@ -229,7 +231,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--data", choices=list(SHARED), default="shapes", help="data set (default: shapes)")
-    parser.add_argument("--split", default="1/8", help="labelled share, as the scripts take it (default: 1/8)")
+    parser.add_argument("--split", help="labelled share, as the scripts take it (default: 1/8; folder: all)")
     parser.add_argument("--seeds", type=cli.positive, default=3, metavar="N", help="seeds 0 to N-1 (default: 3)")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help=f"of {', '.join(METHODS)}")
     named = ", ".join(EXPERIMENTS)
@@ -247,6 +249,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--methods chooses rows of the comparison of all methods; leave it out with --experiment")
     args.shared = {key: getattr(args, key) or value for key, value in SHARED[args.data].items()}
     args.rest, args.command = rest, "python -m common.compare " + shlex.join(argv)
+    args.split = args.split or cli.DATA_DEFAULTS[args.data]["split"]
     args.output = args.output or Path("runs") / f"compare-{args.data}"
     return args
 

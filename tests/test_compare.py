@@ -5,6 +5,7 @@ import math
 import os
 import shlex
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -39,13 +40,14 @@ def test_it_runs_reuses_and_reports(tmp_path):
 
 
 def test_a_comparison_that_is_stopped_goes_on(tmp_path):
-    command = (*SHORT, "--max-iters", "12", "--methods", "supervised", "--output")
+    command = (*SHORT, "--max-iters", "60", "--methods", "supervised", "--output")
     run(*command, tmp_path / "whole", *REST)
     process = start(*command, tmp_path / "stopped", *REST, "--save-interval", "1")
     wait_for(process, "started")
     log = tmp_path / "stopped" / "supervised" / "1-8-seed0" / "log.txt"
-    while not (log.is_file() and "iter" in log.read_text()):
+    while not (log.is_file() and "\niter " in log.read_text()):
         assert process.poll() is None
+        time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches the run, too
     rest = process.stdout.read()
     assert process.wait() == 130 and "the same command goes on" in rest, rest
@@ -76,6 +78,11 @@ def row(label: str, values: list[float], published: float | None) -> Row:
 
 
 def test_the_table_reads_differences_against_their_noise():
+    same, zero = row("same", [70.0, 71.0, 72.0], 74.0), row("zero", [75.0, 76.0, 78.0], 75.0)
+    assert [line.split(": ")[-1] for line in compare.readings([row("first", [70.0, 71.0, 72.0], 75.0), same, zero])] == [
+        "these flags change nothing here.",
+        "no difference published.",
+    ]
     rows = [
         row("first", [70.0, 71.0, 72.0], 75.0),
         row("better", [75.0, 76.0, 78.0], 77.0),
