@@ -100,7 +100,7 @@ def check_settings(folder: Path, script: str, flags: list[str]) -> None:
     """
     wanted = json.loads(json.dumps(vars(importlib.import_module(script.removesuffix(".py")).parse_args(flags))))
     found = checkpoint.read_description(folder)["args"]
-    fixed = [key for key in wanted if key in found and key not in cli.FREE_ON_RESUME]
+    fixed = [key for key in wanted if key in found and key not in cli.FREE_ON_RESUME - {"data_dir"}]
     other = [f"{key}={found[key]}" for key in fixed if found[key] != wanted[key]]
     if other:
         raise InputError(f"{folder} holds a run with {', '.join(other)}; choose another --output")
@@ -123,7 +123,7 @@ def run(variant: Variant, split: str, seed: int, args: argparse.Namespace, numbe
     result = read_result(folder)
     if result is None:
         print(f"{place}: {'resumed' if started else 'started'}", flush=True)
-        flags = [f"--resume={folder}"] if started else flags
+        flags = [f"--resume={folder}", *args.rest] if started else flags
         code = call([*shlex.split(args.launcher), script, *flags])
         result = read_result(folder)
         if code or result is None:

@@ -37,6 +37,8 @@ def test_it_runs_reuses_and_reports(tmp_path):
     assert "started" not in again.stdout and [(folder / "last.pt").stat().st_mtime_ns for folder in folders] == before
     other = run(*SHORT, "--methods", "cps", "--output", tmp_path, *REST, "--lr", "0.5", expect=2)
     assert "cps/1-8-seed0 holds a run with lr=0.1; choose another --output" in other.stderr
+    other = run(*SHORT, "--methods", "cps", "--output", tmp_path, *REST, "--data-dir", "elsewhere", expect=2)
+    assert "holds a run with data_dir=None" in other.stderr
 
 
 def test_a_comparison_that_is_stopped_goes_on(tmp_path):
