@@ -38,7 +38,7 @@ Differences from the paper and the released code:
 5. α_e falls with the iteration, not the epoch. The teacher drops no features; in step 3 its BatchNorm uses the batch. The
    network is this project's. Padding counts nowhere; the release labels it class 0.
 
-    python u2pl.py                                              # built-in data, a CPU, about 5 minutes
+    python u2pl.py                                              # built-in data, a CPU, about 3 minutes
     python u2pl.py --data voc --data-dir VOCdevkit --split u2pl-1/8 --amp bf16
 """
 

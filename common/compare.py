@@ -7,7 +7,7 @@ each trained network; learning rate, decay, scale and OHEM stay each method's ow
     EXPERIMENT.md, .csv     mIoU of the last evaluation: every seed, mean and standard deviation; best in brackets; time; memory
     EXPERIMENT.png          bars with the standard deviation
     EXPERIMENT-curve.png    a measure over the iterations, for the experiments that are about one
-    predictions.png         picture by picture: input, target, prediction of each method (first seed)
+    EXPERIMENT-predictions.png   picture by picture: input, target, prediction of each method (first seed)
 
 Flags after `--` go to every script: `python -m common.compare --data voc -- --data-dir VOCdevkit --amp bf16`.
 """
@@ -19,6 +19,7 @@ import json
 import math
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -36,6 +37,7 @@ SHARED = {
     "cityscapes": {"backbone": "resnet50", "output_stride": 16, "crop_size": 800, "batch_size": 8, "max_iters": 44_500},
     "folder": {"backbone": "resnet50", "output_stride": 16, "crop_size": 512, "batch_size": 8, "max_iters": 20_000},
 }
+CERTAIN = {2: 12.7, 3: 4.3, 4: 3.2, 5: 2.8}  # standard errors that hold 95 % of Student's distribution, by seeds
 LAST_LINE = re.compile(r"^miou_last=([\d.]+) miou_best=([\d.]+)$")
 
 
@@ -67,8 +69,7 @@ class Row(NamedTuple):
 
     @property
     def published(self) -> float | None:
-        known = self.variant.published
-        return known.get(self.split) if isinstance(known, dict) else known
+        return (self.variant.published or {}).get(self.split)
 
 
 def run_folder(out: Path, variant: Variant, split: str, seed: int) -> Path:
@@ -133,11 +134,12 @@ def run(variant: Variant, split: str, seed: int, args: argparse.Namespace, numbe
 
 
 def call(command: list[str]) -> int:
-    """Run a command, its output in the run's log.txt alone; Ctrl-C reaches it too, and it is given time to save."""
+    """Run a command, its output in the run's log.txt alone; what stops this process stops it, too, with time to save."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         return process.wait()
     except KeyboardInterrupt:
+        process.terminate()
         process.wait()
         raise
 
@@ -187,7 +189,7 @@ def readings(rows: list[Row]) -> list[str]:
         agrees = "the same sign" if published * measured > 0 else "DISAGREES with the paper"
         if published == 0 or not any(differences):
             agrees = "no difference " + ("published" if published == 0 else "at all: these flags change nothing here")
-        elif math.isnan(noise) or abs(measured) < 2 * noise:
+        elif math.isnan(noise) or abs(measured) < CERTAIN.get(count, 2.6) * noise:
             agrees = "within the noise: says nothing either way"
         lines.append(
             f"- {row.variant.label} against {first.variant.label} at {row.split}: published {published:+.2f}, "
@@ -215,8 +217,8 @@ def write_reports(name: str, experiment: Experiment, rows: list[Row], args: argp
         runs = {label: [folder / "metrics.csv" for folder in row.folders] for label, row in zip(labels, rows)}
         figures.measure_curves(runs, experiment.curve, args.output / f"{name}-curve.png")
     folders = {label: row.folders[0] for label, row in zip(labels, rows) if row.split == rows[0].split}
-    figures.side_by_side(folders, args.output / "predictions.png")
-    print(f"in {args.output}: {name}.md, {name}.csv, {name}.png, predictions.png")
+    figures.side_by_side(folders, args.output / f"{name}-predictions.png")
+    print(f"in {args.output}: {', '.join(sorted(path.name for path in args.output.glob(f'{name}[.-]*')))}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -279,6 +281,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the run would go on alone
     try:
         main()
     except InputError as problem:

@@ -155,7 +155,7 @@ def side_by_side(runs: dict[str, Path], path: Path, count: int = 5) -> None:
         for axis, (label, picture) in zip(line, shown.items()):
             axis.imshow(picture, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-            if line is axes[0] or line[0] is axes[0, 0]:
+            if line[0] is axes[0, 0]:
                 axis.set_title(label, fontsize=8)
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -4,6 +4,7 @@ import argparse
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,16 @@ import kernels  # noqa: E402, F401
 os.environ.pop("TRITON_INTERPRET", None)
 
 from common import runtime  # noqa: E402
+
+
+@contextmanager
+def never_waiting():
+    """Whatever makes the host wait for the GPU is an error inside."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture

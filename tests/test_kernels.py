@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NATIVE, run, settings
+from conftest import NATIVE, never_waiting, run, settings
 
 import cps
 from common import datasets, losses
@@ -446,11 +446,8 @@ def test_no_operation_waits_for_the_gpu():
 
     logits.requires_grad_()
     step()  # compiles, and uploads the tables
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import NATIVE, run, settings, write_picture
+from conftest import NATIVE, never_waiting, run, settings, write_picture
 from test_scripts import same, start, wait_for, weights
 
 import u2pl
@@ -492,11 +492,8 @@ def test_contrast_at_the_size_of_voc_never_waits_for_the_gpu(rt):
         loss.backward()
 
     step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
@@ -510,9 +507,6 @@ def test_a_training_step_never_waits_for_the_gpu(amp):
     optimizer = torch.optim.SGD(networks["student"].parameters(), lr=0.1, momentum=0.9)
     for iteration in (0, 4, 5, 6):  # compiles, and uploads tables
         u2pl.train_step(networks, optimizer, batches, iteration, args, data, rt)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         for iteration in range(3, 8):  # the warm-up's last; then with CutMix and without
             u2pl.train_step(networks, optimizer, batches, iteration, args, data, rt)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
