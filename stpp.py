@@ -332,10 +332,11 @@ def run(args: argparse.Namespace) -> None:
     if getattr(args, "stage", count) < count:
         raise InputError(f"{args.output_dir} is one stage of a run; resume the run itself, the folder above")
     args.run, args.stage = args.output_dir, count
-    if not args.resume and any(occupied(stage_folder(args, stage)) for stage in range(1, count + 1)):
+    if not args.resume and any(checkpoint.occupied(stage_folder(args, stage)) for stage in range(1, count + 1)):
         raise InputError(f"{args.run} holds a run already; go on with --resume {args.run}, or choose another --output-dir")
     if args.eval_only and not (Path(args.run) / "last.pt").is_file():
         raise InputError(f"--eval-only: the last stage of {args.run} has no checkpoint yet")
+    data = load_source(args, rt)
     rt.barrier()
     if rt.is_main and not args.resume:  # for --resume, until the last stage writes its own
         try:
@@ -343,7 +344,6 @@ def run(args: argparse.Namespace) -> None:
         except OSError as error:
             raise InputError(f"cannot write to the run folder {args.run}: {error.strerror or error}") from None
         checkpoint.write({"args": vars(args)}, Path(args.run) / "args.json")
-    data = load_source(args, rt)
     for stage in range(1, count + 1):
         folder = stage_folder(args, stage)
         if stage == count or not (args.eval_only or (folder / "finished").is_file()):
@@ -367,12 +367,6 @@ def run(args: argparse.Namespace) -> None:
         say(rt, f"label {len(items)} pictures with the network of stage {stage}")
         write_masks(stage, items, args, data, rt)
         rt.agree_to_stop()
-
-
-def occupied(folder: Path) -> bool:
-    """Whether a training has left a checkpoint or a row of metrics there."""
-    metrics = folder / "metrics.csv"
-    return (folder / "last.pt").exists() or (metrics.is_file() and len(metrics.read_text().splitlines()) > 1)
 
 
 def stage_text(args: argparse.Namespace, stage: int) -> str:

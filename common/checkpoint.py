@@ -141,6 +141,12 @@ def read_description(run: Path) -> dict:
         raise InputError(f"{run}/args.json is damaged") from None
 
 
+def occupied(run: Path) -> bool:
+    """Whether a training has left a checkpoint or a row of metrics in the folder; one that failed at its start has not."""
+    metrics = run / "metrics.csv"
+    return (run / "last.pt").exists() or (metrics.is_file() and len(metrics.read_text().splitlines()) > 1)
+
+
 def load_networks(content: dict, networks: Mapping[str, nn.Module], path: Path) -> None:
     """Load `networks` by name.
 

@@ -233,7 +233,10 @@ def fill(args: argparse.Namespace, presets: dict[str, dict]) -> None:
         args.epochs = epochs.get(args.split) if isinstance(epochs, dict) else epochs
         args.max_iters = None if args.epochs else preset.get("max_iters")
     if args.batch_size is None:
-        args.batch_size = max(2, preset["batch_size"] // int(os.environ.get("WORLD_SIZE", 1)))
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        args.batch_size = max(2, preset["batch_size"] // world)
+        if args.batch_size * world != preset["batch_size"]:
+            note(f"{world} processes with {args.batch_size} pictures each, not {preset['batch_size']} in all as the preset has")
     if args.eval_interval is None and args.eval_iters is None:
         args.eval_interval, args.eval_iters = preset.get("eval_interval"), preset.get("eval_iters")
     for key, value in preset.items():
@@ -246,10 +249,17 @@ def fill(args: argparse.Namespace, presets: dict[str, dict]) -> None:
     if args.workers is None:
         args.workers = min(4, os.cpu_count() or 1)
         if shared_memory() < worker_memory(args):
-            if os.environ.get("RANK", "0") == "0":
-                note = "loading without worker processes, slowly; a container needs --shm-size 2g or more"
-                print(f"note: /dev/shm has {shared_memory() / 1e6:.0f} MB: {note}", file=sys.stderr)
+            note(
+                f"/dev/shm has {shared_memory() / 1e6:.0f} MB: loading without worker processes, slowly; "
+                "a container needs --shm-size 2g or more"
+            )
             args.workers = 0
+
+
+def note(text: str) -> None:
+    """Print what the user did not ask for, on the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr)
 
 
 def shared_memory() -> float:

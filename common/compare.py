@@ -1,13 +1,14 @@
 """All methods on one data set, or an experiment of a paper: `python -m common.compare --data shapes --split 1/8 --seeds 3`.
 
 Every run is a process of its own with a folder OUT/METHOD/SPLIT-seedN; a finished one is reused, a stopped one resumed, so that
-the whole can be stopped and started again. All get the same backbone, output stride, crop, batch (a process) and iterations of
-each trained network; learning rate, decay, scale and OHEM stay each method's own. What is printed is also left in OUT:
+the whole can be stopped and started again. All get the same backbone, output stride, crop, batch (a process), iterations of
+each trained network and evaluation window; learning rate, decay, scale and OHEM stay each method's own. What is printed is
+also left in OUT, in files that are named by experiment (or methods) and split:
 
-    EXPERIMENT.md, .csv     mIoU of the last evaluation: every seed, mean and standard deviation; best in brackets; time; memory
-    EXPERIMENT.png          bars with the standard deviation
-    EXPERIMENT-curve.png    a measure over the iterations, for the experiments that are about one
-    EXPERIMENT-predictions.png   picture by picture: input, target, prediction of each method (first seed)
+    NAME.md, .csv           mIoU of the last evaluation: every seed, mean and standard deviation; best in brackets; time; memory
+    NAME.png                bars with the standard deviation
+    NAME-curve.png          a measure over the iterations, for the experiments that are about one
+    NAME-predictions.png    picture by picture: input, target, prediction of each method (first seed)
 
 Flags after `--` go to every script: `python -m common.compare --data voc -- --data-dir VOCdevkit --amp bf16`.
 """
@@ -29,13 +30,14 @@ from typing import NamedTuple
 from common import InputError, checkpoint, cli
 from common.experiments import EXPERIMENTS, METHODS, Experiment, Variant
 
-# What all methods share: of CPS's preset for the data set, with each data set's backbone.
+# What all methods share: of CPS's preset for the data set, with each data set's backbone and evaluation.
+RESNET = {"backbone": "resnet50", "output_stride": 16, "batch_size": 8, "eval_window": 0}
 SHARED = {
-    "shapes": {"backbone": "tiny", "output_stride": 8, "crop_size": 64, "batch_size": 8, "max_iters": 1400},
-    "camvid": {"backbone": "resnet50", "output_stride": 16, "crop_size": 320, "batch_size": 8, "max_iters": 12_000},
-    "voc": {"backbone": "resnet50", "output_stride": 16, "crop_size": 512, "batch_size": 8, "max_iters": 39_000},
-    "cityscapes": {"backbone": "resnet50", "output_stride": 16, "crop_size": 800, "batch_size": 8, "max_iters": 44_500},
-    "folder": {"backbone": "resnet50", "output_stride": 16, "crop_size": 512, "batch_size": 8, "max_iters": 20_000},
+    "shapes": {**RESNET, "backbone": "tiny", "output_stride": 8, "crop_size": 64, "max_iters": 1400},
+    "camvid": {**RESNET, "crop_size": 320, "max_iters": 12_000},
+    "voc": {**RESNET, "crop_size": 512, "max_iters": 39_000},
+    "cityscapes": {**RESNET, "crop_size": 800, "max_iters": 44_500, "eval_window": 800},
+    "folder": {**RESNET, "crop_size": 512, "max_iters": 20_000},
 }
 CERTAIN = {2: 12.7, 3: 4.3, 4: 3.2, 5: 2.8}  # standard errors that hold 95 % of Student's distribution, by seeds
 LAST_LINE = re.compile(r"^miou_last=([\d.]+) miou_best=([\d.]+)$")
@@ -73,9 +75,15 @@ class Row(NamedTuple):
 
 
 def run_folder(out: Path, variant: Variant, split: str, seed: int) -> Path:
-    """OUT/METHOD/SPLIT-seedN, METHOD being the script and its flags."""
+    """OUT/METHOD/SPLIT-seedN, METHOD being the script, its flags and, unless once, how many times as long it trains."""
     method = variant.command.replace(".py", "").replace(" --", "_").replace(" ", "-")
-    return out / method / f"{split.replace('/', '-')}-seed{seed}"
+    longer = f"_x{variant.times}" if variant.times > 1 else ""
+    return out / (method + longer) / f"{split.replace('/', '-')}-seed{seed}"
+
+
+def parts(folder: Path) -> list[Path]:
+    """A run's folder, and those of the earlier stages of ST and ST++."""
+    return [folder, *sorted(folder.glob("stage-*"))]
 
 
 def read_result(folder: Path) -> Result | None:
@@ -85,7 +93,7 @@ def read_result(folder: Path) -> Result | None:
     if not found:
         return None
     seconds, memory = 0.0, 0
-    for part in (folder, *folder.glob("stage-*")):
+    for part in parts(folder):
         with open(part / "metrics.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         seconds += float(rows[-1]["seconds"])
@@ -114,11 +122,12 @@ def run(variant: Variant, split: str, seed: int, args: argparse.Namespace, numbe
         InputError: the run failed, or the folder holds another one.
     """
     folder = run_folder(args.output, variant, split, seed)
-    place = f"[{number}] {variant.command} --split {split} --seed {seed}"
     script, *own = shlex.split(variant.command)
     shared = {"data": args.data, "split": split, "seed": seed, **args.shared, "output_dir": folder}
+    shared["max_iters"] *= variant.times
+    place = f"[{number}] {variant.command} --split {split} --seed {seed} --max-iters {shared['max_iters']}"
     flags = [*args.rest, *own, *(f"--{key.replace('_', '-')}={value}" for key, value in shared.items())]  # the last one counts
-    started = (folder / "args.json").is_file()
+    started = any(map(checkpoint.occupied, parts(folder)))
     if started:
         check_settings(folder, script, flags)
     result = read_result(folder)
@@ -128,7 +137,7 @@ def run(variant: Variant, split: str, seed: int, args: argparse.Namespace, numbe
         code = call([*shlex.split(args.launcher), script, *flags])
         result = read_result(folder)
         if code or result is None:
-            raise InputError(f"{script} ended with exit code {code}; see {folder / 'log.txt'}, and start this again to go on")
+            raise InputError(f"{script} ended with exit code {code}, its message is above; start this again to go on")
     print(f"{place}: {result.last:.2f} in {minutes(result.seconds)}", flush=True)
     return folder, result
 
@@ -158,7 +167,8 @@ def table(experiment: Experiment, rows: list[Row], args: argparse.Namespace) -> 
     seeds = [f"seed {seed}" for seed in range(args.seeds)]
     head = ["method", *(["split"] if splits else []), *seeds, "mean", "sd", "time", "memory", "published"]
     lines = [
-        f"{experiment.title}; {args.data}, {args.seeds} seeds, mIoU last (best) in percent:",
+        f"{experiment.title}; {args.data}, {', '.join(dict.fromkeys(row.split for row in rows))} labelled, "
+        f"{args.seeds} seeds, mIoU last (best) in percent:",
         "",
         f"    {args.command}",
         "",
@@ -172,7 +182,7 @@ def table(experiment: Experiment, rows: list[Row], args: argparse.Namespace) -> 
         cells.append(f"{max(result.memory for result in row.results)} MiB")
         cells.append("-" if row.published is None else f"{row.published:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *readings(rows)])
+    return "\n".join([*lines, "", *readings(rows), *conditions(rows)])
 
 
 def readings(rows: list[Row]) -> list[str]:
@@ -180,28 +190,63 @@ def readings(rows: list[Row]) -> list[str]:
     lines = []
     for row in rows:
         first = next(other for other in rows if other.split == row.split)
-        if row is first or row.published is None or first.published is None:
+        if row is first:
             continue
-        published, pairs = row.published - first.published, zip(row.results, first.results)
-        differences = [ours.last - theirs.last for ours, theirs in pairs]
-        measured, count = statistics.mean(differences), len(differences)
-        noise = statistics.stdev(differences) / math.sqrt(count) if count > 1 else math.nan  # standard error
-        agrees = "the same sign" if published * measured > 0 else "DISAGREES with the paper"
-        if published == 0 or not any(differences):
-            agrees = "no difference " + ("published" if published == 0 else "at all: these flags change nothing here")
-        elif math.isnan(noise) or abs(measured) < CERTAIN.get(count, 2.6) * noise:
-            agrees = "within the noise: says nothing either way"
+        differences = [ours.last - theirs.last for ours, theirs in zip(row.results, first.results)]
+        known = row.published is not None and first.published is not None
+        published = row.published - first.published if known else None
         lines.append(
-            f"- {row.variant.label} against {first.variant.label} at {row.split}: published {published:+.2f}, "
-            f"here {measured:+.2f}, standard error {noise:.2f}: {agrees}."
+            f"- {row.variant.label} against {first.variant.label} at {row.split}: "
+            + ("" if published is None else f"published {published:+.2f}, ")
+            + f"here {statistics.mean(differences):+.2f}, standard error {standard_error(differences):.2f}: "
+            + verdict(differences, published)
         )
     return lines
+
+
+def standard_error(values: list[float]) -> float:
+    """Of their mean; NaN for a single one."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def verdict(differences: list[float], published: float | None) -> str:
+    """What differences, a seed each, say of a published one, in words."""
+    measured, noise = statistics.mean(differences), standard_error(differences)
+    if not any(differences):
+        return "no difference at all, these flags change nothing here"
+    if math.isnan(noise) or abs(measured) < CERTAIN.get(len(differences), 2.6) * noise:
+        return "within the noise, says nothing either way"
+    if not published:
+        return "clear of the noise" + ("" if published is None else ", and none is published")
+    return "clear of the noise, " + ("in the published direction" if published * measured > 0 else "DISAGREES with the paper")
+
+
+def conditions(rows: list[Row]) -> list[str]:
+    """Notes on what else differs between the runs, reused ones mostly.
+
+    Raises:
+        InputError: at one split, other labelled pictures: the list has changed between the runs.
+    """
+    found = [(row.split, folder, checkpoint.read_description(folder)) for row in rows for folder in row.folders]
+    lists: dict[str, tuple[str, Path]] = {}
+    for split, folder, description in found:
+        other, first = lists.setdefault(split, (description["labelled_list_sha1"], folder))
+        if other != description["labelled_list_sha1"]:
+            raise InputError(f"{first} and {folder} have other labelled pictures; choose another --output")
+    notes = []
+    for key in ("processes", "threads", "hardware", "versions"):
+        values = {json.dumps(description[key]) for *_, description in found}
+        if len(values) > 1:
+            notes.append(f"- not alike in all runs: {key} ({'; '.join(sorted(values))})")
+    return notes
 
 
 def write_reports(name: str, experiment: Experiment, rows: list[Row], args: argparse.Namespace) -> None:
     """Print the table; write it with the figures to OUT."""
     from common import figures
 
+    if not experiment.splits:
+        name += "-" + Path(args.split.replace("/", "-")).stem
     text = table(experiment, rows, args)
     print("\n" + text + "\n", flush=True)
     (args.output / f"{name}.md").write_text(text + "\n")
@@ -218,7 +263,7 @@ def write_reports(name: str, experiment: Experiment, rows: list[Row], args: argp
         figures.measure_curves(runs, experiment.curve, args.output / f"{name}-curve.png")
     folders = {label: row.folders[0] for label, row in zip(labels, rows) if row.split == rows[0].split}
     figures.side_by_side(folders, args.output / f"{name}-predictions.png")
-    print(f"in {args.output}: {', '.join(sorted(path.name for path in args.output.glob(f'{name}[.-]*')))}")
+    print(f"{name}.md, .csv and figures are in {args.output}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -239,17 +284,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     named = ", ".join(EXPERIMENTS)
     parser.add_argument("--experiment", nargs="+", choices=list(EXPERIMENTS), metavar="NAME", help=f"instead: {named}")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder of runs and tables (default: runs/compare-DATA)")
-    parser.add_argument("--launcher", default=shlex.quote(sys.executable), help="such as 'torchrun --nproc_per_node 4'")
+    parser.add_argument(
+        "--launcher", default=shlex.quote(sys.executable), help="such as 'torchrun --nproc_per_node 4'; needs -b"
+    )
     shared = parser.add_argument_group("shared by all runs (defaults depend on the data set)")
     shared.add_argument("--backbone")
     shared.add_argument("--output-stride", type=int)
     shared.add_argument("--crop-size", type=cli.positive, metavar="PX")
     shared.add_argument("-b", "--batch-size", type=cli.positive, metavar="N", help="a process")
     shared.add_argument("--max-iters", type=cli.positive, metavar="N", help="iterations of each trained network")
+    shared.add_argument("--eval-window", type=int, metavar="PX", help="sliding-window evaluation; 0: whole pictures")
     args = parser.parse_args(own)
+    if args.launcher != parser.get_default("launcher") and not args.batch_size:
+        parser.error("--launcher needs -b: the batch of one process, 8 divided by the processes if it is to stay as it was")
     if args.methods and args.experiment:
         parser.error("--methods chooses rows of the comparison of all methods; leave it out with --experiment")
-    args.shared = {key: getattr(args, key) or value for key, value in SHARED[args.data].items()}
+    given = {key: getattr(args, key) for key in SHARED[args.data] if getattr(args, key) is not None}
+    args.shared = {**SHARED[args.data], **given}
     args.rest, args.command = rest, "python -m common.compare " + shlex.join(argv)
     args.split = args.split or cli.DATA_DEFAULTS[args.data]["split"]
     args.output = args.output or Path("runs") / f"compare-{args.data}"
@@ -271,6 +322,7 @@ def main(argv: list[str] | None = None) -> None:
         experiment = EXPERIMENTS[name]
         if args.methods:
             experiment = experiment._replace(variants=tuple(METHODS[method] for method in args.methods))
+            name = "+".join(args.methods)
         todo = [(variant, split) for split in experiment.splits or (args.split,) for variant in experiment.variants]
         rows = []
         for index, (variant, split) in enumerate(todo):

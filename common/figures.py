@@ -91,10 +91,15 @@ def predictions(
             axis.imshow(picture, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(title)
-    shown_classes = [plt.Rectangle((0, 0), 1, 1, color=np.array(colour) / 255) for colour in data.colours]
-    figure.legend(shown_classes, data.classes, loc="outside lower center", ncols=min(len(data.classes), 7), fontsize=8)
+    legend(figure, data)
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def legend(figure, data: DataSource) -> None:
+    """The classes' colours, below a figure."""
+    patches = [pyplot().Rectangle((0, 0), 1, 1, color=np.array(colour) / 255) for colour in data.colours]
+    figure.legend(patches, data.classes, loc="outside lower center", ncols=min(len(data.classes), 7), fontsize=8)
 
 
 def bars(labels: list[str], values: list[list[float]], path: Path) -> None:
@@ -125,7 +130,7 @@ def measure_curves(runs: dict[str, list[Path]], measure: str, path: Path) -> Non
                 for row in csv.DictReader(text):
                     if row[measure]:
                         points.setdefault(int(row["iteration"]), []).append(100 * float(row[measure]))
-        axis.plot(list(points), [np.mean(values) for values in points.values()], label=label)
+        axis.plot(*zip(*((iteration, np.mean(points[iteration])) for iteration in sorted(points))), label=label)
     axis.set(xlabel="iteration", ylabel=f"{measure}, %")
     axis.grid(alpha=0.3)
     axis.legend()
@@ -140,7 +145,8 @@ def side_by_side(runs: dict[str, Path], path: Path, count: int = 5) -> None:
     from common.predict import load_network
 
     plt = pyplot()
-    networks = {label: load_network(folder, "last", None, torch.device("cpu")) for label, folder in runs.items()}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    networks = {label: load_network(folder, "last", None, device) for label, folder in runs.items()}
     settings = argparse.Namespace(**next(iter(networks.values()))[1]["args"])
     data = datasets.load(settings)
     samples = some_pictures(data, count)
@@ -150,13 +156,14 @@ def side_by_side(runs: dict[str, Path], path: Path, count: int = 5) -> None:
     for line, sample in zip(axes, samples):
         shown = {"input": sample["image"].numpy(), "target": colourise(sample["target"].numpy(), data.colours)}
         for label, (network, _) in networks.items():
-            labels = predict(network, normalise(sample["image"][None]), settings.eval_window)[0]
-            shown[label] = colourise(labels.numpy(), data.colours)
+            labels = predict(network, normalise(sample["image"][None].to(device)), settings.eval_window)[0]
+            shown[label] = colourise(labels.cpu().numpy(), data.colours)
         for axis, (label, picture) in zip(line, shown.items()):
             axis.imshow(picture, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             if line[0] is axes[0, 0]:
                 axis.set_title(label, fontsize=8)
+    legend(figure, data)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

@@ -62,7 +62,7 @@ class Report:
 
     def open_folder(self) -> None:
         resumed = self.args.resume and checkpoint.read_description(self.folder)
-        if not resumed and ((self.folder / "last.pt").exists() or self.rows()):
+        if not resumed and checkpoint.occupied(self.folder):
             raise InputError(
                 f"{self.folder} holds a run already; go on with --resume {self.folder}, or choose another --output-dir"
             )

@@ -1,6 +1,7 @@
 """The comparison of all methods: what it runs, reuses, resumes and refuses, and what its tables say."""
 
 import importlib
+import json
 import math
 import os
 import shlex
@@ -13,7 +14,7 @@ from conftest import run
 from PIL import Image
 from test_scripts import same, start, wait_for, weights
 
-from common import compare
+from common import InputError, compare
 from common.compare import Result, Row
 from common.experiments import EXPERIMENTS, METHODS, Variant
 
@@ -24,13 +25,13 @@ REST = ("--", "--eval-iters", "4", "--log-interval", "1", "--device", "cpu")
 def test_it_runs_reuses_and_reports(tmp_path):
     methods = ("--methods", "supervised", "cps")
     result = run(*SHORT, *methods, "--output", tmp_path, *REST)
-    assert "[1/2] supervised.py --split 1/8 --seed 0: started" in result.stdout
+    assert "[1/2] supervised.py --split 1/8 --seed 0 --max-iters 4: started" in result.stdout
     folders = [tmp_path / name / "1-8-seed0" for name in ("supervised", "cps")]
     last = [(folder / "log.txt").read_text().splitlines()[-1].split()[0].removeprefix("miou_last=") for folder in folders]
-    table = (tmp_path / "methods.md").read_text()
+    table = (tmp_path / "supervised+cps-1-8.md").read_text()
     assert all(f"| {label} | {value} (" in table for label, value in zip(("SupOnly", "CPS"), last)) and table in result.stdout
-    assert len((tmp_path / "methods.csv").read_text().splitlines()) == 3
-    for name in ("methods.png", "methods-predictions.png"):
+    assert len((tmp_path / "supervised+cps-1-8.csv").read_text().splitlines()) == 3
+    for name in ("supervised+cps-1-8.png", "supervised+cps-1-8-predictions.png"):
         assert Image.open(tmp_path / name).width > 300
     before = [(folder / "last.pt").stat().st_mtime_ns for folder in folders]
     again = run(*SHORT, *methods, "--output", tmp_path, *REST)
@@ -67,6 +68,27 @@ def test_a_run_that_fails_is_named(tmp_path):
     assert "--split 3/4" in result.stderr and "cps.py ended with exit code 2" in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize("method", ["st", "cps"])
+def test_a_run_that_failed_at_its_start_takes_the_corrected_command(method: str, tmp_path):
+    command = (*SHORT, "--data", "camvid", "--backbone", "tiny", "--methods", method, "--output", tmp_path, *REST)
+    for folder in ("nowhere", "elsewhere"):  # the second one is not refused as the setting of another run
+        result = run(*command, "--weights", "none", "--data-dir", folder, expect=2)
+        assert f"no folder {folder};" in result.stderr
+
+
+def test_runs_with_other_labelled_pictures_are_not_compared(tmp_path):
+    rows = []
+    for name, sha1, threads in (("a", "1", 1), ("b", "1", 2), ("c", "2", 2)):
+        (tmp_path / name).mkdir()
+        alike = {"processes": 1, "hardware": "cpu", "versions": {"torch": "2"}}
+        (tmp_path / name / "args.json").write_text(json.dumps({**alike, "labelled_list_sha1": sha1, "threads": threads}))
+        rows.append(row(name, [50.0], None)._replace(folders=[tmp_path / name]))
+    assert compare.conditions(rows[1:2]) == [] and compare.conditions(rows[:2]) == ["- not alike in all runs: threads (1; 2)"]
+    with pytest.raises(InputError, match="other labelled pictures"):
+        compare.conditions(rows)
+    assert compare.conditions([rows[0], rows[2]._replace(split="1/4")])  # another split has another list
+
+
 def test_every_variant_has_flags_that_exist():
     commands = {variant.command for experiment in EXPERIMENTS.values() for variant in experiment.variants}
     assert commands >= {variant.command for variant in METHODS.values()}
@@ -76,6 +98,7 @@ def test_every_variant_has_flags_that_exist():
         importlib.import_module(script.removesuffix(".py")).parse_args(flags)
         folders.add(compare.run_folder(Path("out"), Variant("", command), "1/8", 0))
     assert len(folders) == len(commands)
+    assert compare.run_folder(Path("out"), Variant("", "cps.py", times=2), "1/8", 0) not in folders
 
 
 def row(label: str, values: list[float], published: float | None) -> Row:
@@ -86,8 +109,8 @@ def row(label: str, values: list[float], published: float | None) -> Row:
 def test_the_table_reads_differences_against_their_noise():
     same, zero = row("same", [70.0, 71.0, 72.0], 74.0), row("zero", [75.0, 76.0, 78.0], 75.0)
     assert [line.split(": ")[-1] for line in compare.readings([row("first", [70.0, 71.0, 72.0], 75.0), same, zero])] == [
-        "these flags change nothing here.",
-        "no difference published.",
+        "no difference at all, these flags change nothing here",
+        "clear of the noise, and none is published",
     ]
     rows = [
         row("first", [70.0, 71.0, 72.0], 75.0),
@@ -97,8 +120,11 @@ def test_the_table_reads_differences_against_their_noise():
         row("unpublished", [1.0, 1.0, 1.0], None),
     ]
     found = compare.readings(rows)
-    assert "better against first at 1/8: published +2.00, here +5.33, standard error 0.33: the same sign" in found[0]
-    assert "DISAGREES" in found[1] and "within the noise" in found[2] and len(found) == 3
+    better = (
+        "better against first at 1/8: published +2.00, here +5.33, standard error 0.33: clear of the noise, in the published"
+    )
+    assert better in found[0] and "DISAGREES" in found[1] and "within the noise" in found[2]
+    assert found[3].endswith("unpublished against first at 1/8: here -70.00, standard error 0.58: clear of the noise")
     assert rows[0].mean == 71 and rows[0].spread == 1 and math.isnan(row("one", [3.0], None).spread)
     assert rows[1]._replace(split="1/4").published is None
 
@@ -108,3 +134,7 @@ def test_methods_and_experiments_exclude_each_other():
         compare.parse_args(["--methods", "cps", "--experiment", "cps-fig5"])
     args = compare.parse_args(["--data", "voc", "--backbone", "resnet101", "--", "--amp", "bf16"])
     assert args.shared["backbone"] == "resnet101" and args.shared["max_iters"] == 39_000 and args.rest == ["--amp", "bf16"]
+    with pytest.raises(SystemExit):  # each process would get the batch of all
+        compare.parse_args(["--launcher", "torchrun --nproc_per_node 4"])
+    assert compare.parse_args(["--launcher", "torchrun --nproc_per_node 4", "-b", "2"]).shared["batch_size"] == 2
+    assert compare.parse_args(["--data", "cityscapes", "--eval-window", "0"]).shared["eval_window"] == 0

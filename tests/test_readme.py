@@ -12,6 +12,7 @@ import mean_teacher
 import stpp
 import supervised
 import u2pl
+from common import compare
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -38,6 +39,11 @@ def test_every_script_command_has_flags_that_exist(command: str):
     if "--help" in arguments or "--resume" in arguments:
         return
     SCRIPTS[name].parse_args(arguments)
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"python -m common\.compare (.*?)(?:  #|`|\n)", README))))
+def test_comparisons_are_real(command: str):
+    compare.parse_args(shlex.split(command))
 
 
 def test_module_commands_exist():

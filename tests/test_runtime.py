@@ -98,6 +98,17 @@ def test_the_window_is_the_crop_and_a_users_list_has_no_published_schedule():
     assert args.output_dir == "runs/cps-voc-my92-seed0"
 
 
+def test_a_preset_that_processes_cannot_share_is_said_so(monkeypatch, capsys):
+    for world, batch, said in (
+        (4, 2, ""),
+        (3, 2, "note: 3 processes with 2 pictures each, not 8 in all"),
+        (8, 2, "not 8 in all"),
+    ):
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        assert cps.parse_args([]).batch_size == batch
+        assert said in capsys.readouterr().err and (said or not capsys.readouterr().err)
+
+
 def test_workers_need_shared_memory(monkeypatch, capsys):
     """PyTorch's workers wait forever where /dev/shm is full, as in a container with little of it."""
     monkeypatch.setattr(cli, "shared_memory", lambda: 1e6)
