@@ -224,7 +224,7 @@ def test_a_start_that_failed_leaves_no_settings_behind(tmp_path):
     """Found wrong once: a later resume took the settings of a first attempt that had never begun."""
     folder = tmp_path / "run"
     run("stpp.py", "--plain", "--lr", "0.5", "--labelled-list", tmp_path / "none.txt", "--output-dir", folder, expect=2)
-    assert "no checkpoint" in run("stpp.py", "--resume", folder, "--eval-only", expect=2).stderr
+    assert "no run in" in run("stpp.py", "--resume", folder, "--eval-only", expect=2).stderr
     process = start("stpp.py", "--plain", *SHORT, "--lr", "0.02", "--output-dir", folder)
     wait_for(process, "iter      4/6")
     os.killpg(process.pid, signal.SIGKILL)
