@@ -6,6 +6,8 @@ checkpoint), 1 for a loss that is not finite.
 """
 
 import argparse
+import atexit
+import multiprocessing
 import os
 import random
 import signal
@@ -275,8 +277,17 @@ def start(args: argparse.Namespace) -> Runtime:
     return rt
 
 
+def end_workers() -> None:
+    """Kill the loader workers that an error has left: they ignore SIGTERM, after which Python would wait for them forever."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
 def launch(main: Callable[[argparse.Namespace], Runtime | None], args: argparse.Namespace) -> None:
     """Run `main(args)` and exit with one clear line for what is expected to go wrong; a traceback only with `--debug`."""
+    atexit.register(end_workers)
     if args.debug:
         main(args)
         return

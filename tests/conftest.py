@@ -54,10 +54,9 @@ def settings(**changes) -> argparse.Namespace:
 
 
 def run(*command: str, expect: int = 0, **environment: str) -> subprocess.CompletedProcess:
-    """Run a Python command line in the repository's folder and check its exit code."""
-    result = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}
-    )
+    """Run a Python command line in the repository's folder and check its exit code; one that hangs fails in the end."""
+    words, environment = [sys.executable, *map(str, command)], {**os.environ, **environment}
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
     assert result.returncode == expect, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
 

@@ -261,6 +261,18 @@ def test_a_bad_mask_met_while_training_is_named(own_folder, tmp_path, workers: s
     assert re.search(r"labelled1\.png: labels 77 in the mask; 0 to 2 and 255", result.stderr.splitlines()[-1])
 
 
+@pytest.mark.parametrize("flags", [(), ("--debug",)])
+def test_an_error_ends_the_workers_of_all_loaders(own_folder, tmp_path, flags: tuple):
+    """Found hanging once: after its message the script waited forever for workers that ignore SIGTERM."""
+    for path in (own_folder / "images" / "unlabelled").iterdir():
+        path.write_bytes(path.read_bytes()[:400])
+    result = run(
+        "cps.py", "--data", "folder", "--data-dir", own_folder, "--backbone", "tiny", "--weights", "none", *SHORT,
+        "--crop-size", "32", "-j", "2", "--output-dir", tmp_path / "out", *flags, expect=1 if flags else 2,
+    )  # fmt: skip
+    assert re.search(r"unlabelled\d\.jpg: cannot be read as a picture", result.stderr.splitlines()[-1])
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_checkpoint_untouched(tmp_path):
     result = run("supervised.py", *SHORT, "--lr", "1e30", "--output-dir", tmp_path / "run", expect=1)
     assert re.search(r"the loss is (nan|inf) at iteration \d+; its pictures: shape\d+", result.stderr)
