@@ -215,7 +215,7 @@ def verdict(differences: list[float], published: float | None) -> str:
     if not any(differences):
         return "no difference at all, these flags change nothing here"
     if math.isnan(noise) or abs(measured) < CERTAIN.get(len(differences), 2.6) * noise:
-        return "within the noise, says nothing either way"
+        return "not clear of the noise"
     if not published:
         return "clear of the noise" + ("" if published is None else ", and none is published")
     return "clear of the noise, " + ("in the published direction" if published * measured > 0 else "DISAGREES with the paper")

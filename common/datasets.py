@@ -89,8 +89,8 @@ class DataSource:
 
     @property
     def list_hash(self) -> str:
-        """SHA-1 of the labelled ids: tells two label lists of one size apart."""
-        return hashlib.sha1("\n".join(sorted(item.name for item in self.labelled)).encode()).hexdigest()
+        """SHA-1 of the truly labelled ids, each once: tells two label lists of one size apart."""
+        return hashlib.sha1("\n".join(sorted({item.name for item in self.labelled if not item.pseudo})).encode()).hexdigest()
 
 
 def load(args: argparse.Namespace) -> DataSource:

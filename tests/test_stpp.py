@@ -86,6 +86,9 @@ def test_lists_of_the_stages(labelled_run, rt):
     reliable = stpp.read_reliable(args)
     for item in third:
         assert not item.pseudo or item.mask.parent.name == ("1" if item.name in reliable else "2")
+    for stage in (1, 2, 3):  # the same protocol as other methods, whatever the stage adds
+        changed = argparse.Namespace(**{**vars(args), "stage": stage})
+        assert stpp.load_data(changed, rt).list_hash == data.list_hash
     whole = [item for item in third if item.pseudo]
     assert sorted(item.name for item in whole) == sorted(item.name for item in data.unlabelled)
 
