@@ -73,7 +73,7 @@ MEASURES, EVALUATIONS = ("loss_sup", "loss_unsup", "overlap"), ("pseudo_accuracy
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The settings of a run: the shared flags and those of CPS."""
-    parser = cli.parser(__doc__)
+    parser = cli.parser(__doc__, PRESETS)
     group = parser.add_argument_group("CPS")
     group.add_argument(
         "--no-cutmix",

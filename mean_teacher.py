@@ -85,7 +85,7 @@ MEASURES, EVALUATIONS = ("loss_sup", "loss_unsup", "confident"), ("student_miou"
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The settings of a run: the shared flags and those of the two methods."""
-    parser = cli.parser(__doc__)
+    parser = cli.parser(__doc__, PRESETS)
     group = parser.add_argument_group("Mean Teacher")
     group.add_argument("--cutmix", action="store_true", help="CutMix-Seg instead of noise")
     group.add_argument(

@@ -78,7 +78,7 @@ REPEAT_BELOW = 200  # labelled pictures; fewer are listed twice in stage 1
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The settings of a run: the shared flags and those of ST++; schedules count for each stage."""
-    parser = cli.parser(__doc__)
+    parser = cli.parser(__doc__, PRESETS)
     group = parser.add_argument_group("ST++")
     group.add_argument("--plain", action="store_true", help="ST: re-train once, on all pictures (--selection all)")
     group.add_argument(

@@ -53,7 +53,7 @@ MEASURES, EVALUATIONS = (), ()
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The settings of a run."""
-    return cli.finish(cli.parser(__doc__), PRESETS, "supervised", argv)
+    return cli.finish(cli.parser(__doc__, PRESETS), PRESETS, "supervised", argv)
 
 
 def build_networks(args: argparse.Namespace, data: DataSource, rt: Runtime) -> dict[str, nn.Module]:

@@ -87,7 +87,7 @@ CAPACITY, PUSHED = 30_000, 1024  # keys of a class in the bank; new ones a step,
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The settings of a run: the shared flags and those of U2PL."""
-    parser = cli.parser(__doc__)
+    parser = cli.parser(__doc__, PRESETS)
     add = parser.add_argument_group("U2PL").add_argument
     add("--contrast-weight", type=float, default=1.0, metavar="λ", help="of the contrastive loss (default: 1; the paper: 0.1)")
     add("--no-contrast", dest="contrast", action="store_false", help="leave the contrastive loss out (Table 6)")

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -70,6 +71,15 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 
+def listed(defaults: dict[str, dict]) -> str:
+    """Settings by data set, for the help."""
+    lines = []
+    for data, values in defaults.items():
+        text = ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
+        lines.append(textwrap.fill(f"{data}: {text}", 120, initial_indent="  ", subsequent_indent="    "))
+    return "\n".join(lines)
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1, for argparse."""
     value = int(text)
@@ -78,15 +88,16 @@ def positive(text: str) -> int:
     return value
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """The shared flags; a script gives its docstring, adds its own flags and calls `finish`.
+def parser(doc: str, presets: dict[str, dict]) -> argparse.ArgumentParser:
+    """The shared flags; a script gives its docstring and presets, adds its own flags and calls `finish`.
 
     The docstring's first paragraph and its last, the commands, frame the help; the algorithm between them is for the source.
     """
     description, *_, commands = doc.strip("\n").split("\n\n")
+    defaults = {data: {**DATA_DEFAULTS[data], **preset} for data, preset in presets.items()}
     top = argparse.ArgumentParser(
         description=description,
-        epilog=f"examples:\n{commands}",
+        epilog=f"defaults of the data sets:\n{listed(defaults)}\n\nexamples:\n{commands}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

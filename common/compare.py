@@ -274,7 +274,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m common.compare",
         description=__doc__,
-        epilog="defaults of the shared settings:\n" + "\n".join(f"  {data}: {values}" for data, values in SHARED.items()),
+        epilog=f"defaults of the shared settings:\n{cli.listed(SHARED)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--data", choices=list(SHARED), default="shapes", help="data set (default: shapes)")

@@ -137,6 +137,15 @@ def test_presets_are_complete():
         assert set(script.PRESETS) == set(cli.DATA_DEFAULTS) == set(datasets.DATASETS)
 
 
+def test_help_shows_every_default(capsys):
+    for script in (cps, mean_teacher, stpp, supervised, u2pl):
+        with pytest.raises(SystemExit):
+            script.parse_args(["--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        for key, value in {**script.PRESETS["voc"], **script.PRESETS["shapes"]}.items():
+            assert value is None or f"{key} {value}" in shown
+
+
 def test_epochs_give_the_papers_iterations():
     for split, labelled in (("1/16", 662), ("1/8", 1323), ("1/4", 2646), ("1/2", 5291)):
         args = cps.parse_args(["--data", "voc", "--split", split, "--weights", "none"])
