@@ -4,6 +4,7 @@ Two networks, alike but for their initialisation, teach each other: the hard lab
 
 1. Take labelled pictures x_l and two independent unlabelled batches u0, u1.
 2. Supervise both networks:   L_s = CE(f1(x_l), y) + CE(f2(x_l), y)                                       [section 3]
+       (cityscapes: on the hard pixels, OHEM)
 3. Draw a mask m a picture: three boxes, each a quarter to half of the picture before scaling by 1/3, XOR-ed.
 4. Each network labels the unmixed pictures; the labels are mixed like the pictures:
        x_m = m·u1 + (1-m)·u0,   ŷ_k = m·argmax f_k(u1) + (1-m)·argmax f_k(u0)        (no gradient)
@@ -26,6 +27,7 @@ Differences from the paper and the released code:
 2. Padding counts nowhere; the release lets padded pixels into L_cps.
 3. The network is this project's DeepLabv3+ (7x7 stem, dropout 0.5); the release has a deep stem, multi-grid and no dropout.
 4. One process does what the release's 4 or 8 do: lr and weight decay are rescaled (PRESETS), the updates are the same.
+5. Without CutMix, L_cps is one mean over labelled and unlabelled pixels, as released; the paper adds two means.
 
     python cps.py                                               # built-in data, a CPU, about 3 minutes
     python cps.py --data voc --data-dir VOCdevkit --split 1/8 --amp bf16
@@ -36,7 +38,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import checkpoint, cli, runtime
@@ -44,7 +45,7 @@ from common.augment import IGNORE, normalise
 from common.cutmix import mix, xor_box_masks
 from common.data import load_data, train_loader
 from common.datasets import DataSource
-from common.deeplabv3plus import DeepLabV3Plus, parameter_groups
+from common.deeplabv3plus import DeepLabV3Plus, full_softmax, parameter_groups
 from common.evaluate import Scores, validate
 from common.losses import labelled_loss, mean_cross_entropy
 from common.report import Report
@@ -54,16 +55,18 @@ from kernels import pseudo_label
 # voc, cityscapes: the released configurations. Epochs pass over the unlabelled pictures: about 39 000 and 44 500 iterations.
 # The release divides the gradient by the number of processes twice, so its lr 0.0025 x 4 GPUs with decay 1e-4 (voc) and 0.02
 # on 8 GPUs with 1e-4 (cityscapes) are lr 0.0025 with 4e-4 and 8e-4 in one process. shapes, camvid, folder: our own choice.
-# cps_weight: λ with CutMix and without it.
+# cps_weight: λ.
 # fmt: off
+WEIGHT = {"cutmix": 1.0, "plain": 1.5}
 PRESETS = {
-    "shapes": {"max_iters": 1400, "lr": 0.1, "weight_decay": 1e-4, "crop_size": 64, "cps_weight": (1.0, 1.5)},
-    "camvid": {"epochs": 300, "lr": 0.01, "weight_decay": 4e-4, "crop_size": 320, "cps_weight": (1.0, 1.5)},
+    "shapes": {"max_iters": 1400, "lr": 0.1, "weight_decay": 1e-4, "crop_size": 64, "cps_weight": WEIGHT},
+    "camvid": {"epochs": 300, "lr": 0.01, "weight_decay": 4e-4, "crop_size": 320, "cps_weight": WEIGHT},
     "voc": {"epochs": {"1/16": 32, "1/8": 34, "1/4": 40, "1/2": 60}, "max_iters": 39_000,  # max_iters: every other split
-            "lr": 0.0025, "weight_decay": 4e-4, "crop_size": 512, "cps_weight": (1.0, 1.5)},
+            "lr": 0.0025, "weight_decay": 4e-4, "crop_size": 512, "cps_weight": WEIGHT},
     "cityscapes": {"epochs": {"1/16": 128, "1/8": 137, "1/4": 160, "1/2": 240}, "max_iters": 44_500,
-                   "lr": 0.0025, "weight_decay": 8e-4, "crop_size": 800, "cps_weight": (5.0, 6.0), "ohem": (0.7, 50_000)},
-    "folder": {"epochs": 60, "lr": 0.0025, "weight_decay": 4e-4, "crop_size": 512, "cps_weight": (1.0, 1.5)},
+                   "lr": 0.0025, "weight_decay": 8e-4, "crop_size": 800,
+                   "cps_weight": {"cutmix": 5.0, "plain": 6.0}, "ohem": (0.7, 50_000)},
+    "folder": {"epochs": 60, "lr": 0.0025, "weight_decay": 4e-4, "crop_size": 512, "cps_weight": WEIGHT},
 }
 # fmt: on
 EVERYWHERE = {"batch_size": 8, "head_lr_mult": 1.0, "decay_norm": False, "scale": "0.5,0.75,1,1.5,1.75,2", "ohem": None}
@@ -82,12 +85,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="cross supervision without CutMix, on labelled pictures too",
     )
     group.add_argument("--soft", action="store_true", help="CPC: squared distance of probabilities instead of hard labels")
-    group.add_argument("--cps-weight", type=float, help="λ (default: 1, cityscapes 5; without CutMix 1.5 and 6)")
+    group.add_argument(
+        "--cps-weight", type=float, metavar="λ", help="of L_cps (default: 1, cityscapes 5; without CutMix 1.5 and 6)"
+    )
     given, _ = parser.parse_known_args(argv)
     method = "cps" + ("" if given.cutmix else "-nocutmix") + ("-soft" if given.soft else "")
     args = cli.finish(parser, PRESETS, method, argv)
-    if isinstance(args.cps_weight, tuple):
-        args.cps_weight = args.cps_weight[0 if args.cutmix else 1]
+    if isinstance(args.cps_weight, dict):
+        args.cps_weight = args.cps_weight["cutmix" if args.cutmix else "plain"]
+    if not args.cps_weight >= 0:
+        parser.error("--cps-weight is not negative")
     return args
 
 
@@ -121,7 +128,7 @@ def targets_from(logits: Tensor, size: tuple[int, int], soft: bool, impl: str = 
         impl: passed to the kernel.
     """
     if soft:
-        return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=True).softmax(1)
+        return full_softmax(logits, size)
     return pseudo_label(logits, size, impl=impl).label
 
 
@@ -140,8 +147,7 @@ def cross_supervision(logits: Tensor, targets: Tensor, valid_mask: Tensor, rt: R
     """
     if targets.ndim == 3:
         return mean_cross_entropy(logits, targets.masked_fill(~valid_mask, IGNORE), rt, impl)
-    probs = F.interpolate(logits.float(), size=targets.shape[2:], mode="bilinear", align_corners=True).softmax(1)
-    distance = (probs - targets).square().sum(1)  # (N,H,W)
+    distance = (full_softmax(logits, targets.shape[2:]) - targets).square().sum(1)  # (N,H,W)
     return rt.mean((distance * valid_mask).sum(), valid_mask.sum())
 
 

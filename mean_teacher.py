@@ -5,7 +5,7 @@ The teacher is the exponential moving average of the student. It is never traine
 teacher predicts from another view of the same picture.
 
 1. Take labelled pictures x_l and unlabelled ones x_u; with CutMix two independent unlabelled batches u0, u1.
-2. Supervise the student:   L_s = CE(f(x_l), y)
+2. Supervise the student:   L_s = CE(f(x_l), y), Mean Teacher on x_l + η; cityscapes: on the hard pixels (OHEM), as CPS
 3. Mean Teacher: student and teacher see the same crops with different Gaussian noise η, η', labelled and unlabelled alike:
        L_u = mean over pixels and classes of (p(x + η) - p'(x + η'))²                                     [section 2]
    CutMix-Seg: the teacher sees u0 and u1 whole, and its probabilities are mixed by one box m of half the picture's area:
@@ -30,8 +30,8 @@ Differences from the papers and the released code:
 2. BatchNorm: in Mean Teacher the teacher runs in train mode, dropout included, and keeps statistics of its own, as theirs does.
    In CutMix-Seg its statistics are averages of the student's, like its weights, and it runs in eval mode: what French et al.'s
    frozen BatchNorm amounts to.
-3. CutMix-Seg is published with Adam; all methods here use SGD with the poly learning rate. The colour jitter that its student
-   alone gets is a flag (--colour-jitter), off by default.
+3. CutMix-Seg is published with Adam and a constant α = 0.99; all methods here use SGD with the poly learning rate, and α as in
+   step 5. The colour jitter that its student alone gets is a flag (--colour-jitter), off by default.
 4. Padding counts nowhere.
 
     python mean_teacher.py                                      # built-in data, a CPU, about 2 minutes
@@ -44,7 +44,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import checkpoint, cli, runtime
@@ -52,17 +51,19 @@ from common.augment import colour_jitter, normalise
 from common.cutmix import half_area_masks, mix
 from common.data import load_data, train_loader
 from common.datasets import DataSource, Item
-from common.deeplabv3plus import DeepLabV3Plus, parameter_groups
+from common.deeplabv3plus import DeepLabV3Plus, full_softmax, parameter_groups
 from common.evaluate import Scores, validate
 from common.losses import labelled_loss
 from common.report import Report
 from common.runtime import Runtime
 
-# The schedules are those of cps.py, whose authors compare with Mean Teacher; sources there. unsup_weight: w without and with
-# CutMix; 100 is theirs, 1 is French et al.'s. shapes, trained from scratch: chosen on seeds 100 and 101, see the README.
+# The schedules are those of cps.py, whose authors compare with Mean Teacher; sources there. unsup_weight: w of Mean Teacher
+# (100 is theirs) and of CutMix-Seg (1 is French et al.'s). shapes, trained from scratch: chosen on seeds 100 and 101, see the
+# README.
 # fmt: off
 PRESETS = {
-    "shapes": {"max_iters": 1400, "lr": 0.1, "weight_decay": 1e-4, "crop_size": 64, "unsup_weight": (10.0, 5.0)},
+    "shapes": {"max_iters": 1400, "lr": 0.1, "weight_decay": 1e-4, "crop_size": 64,
+               "unsup_weight": {"noise": 10.0, "cutmix": 5.0}},
     "camvid": {"epochs": 300, "lr": 0.01, "weight_decay": 4e-4, "crop_size": 320},
     "voc": {"epochs": {"1/16": 32, "1/8": 34, "1/4": 40, "1/2": 60}, "max_iters": 39_000,  # max_iters: every other split
             "lr": 0.0025, "weight_decay": 4e-4, "crop_size": 512},
@@ -77,7 +78,7 @@ EVERYWHERE = {
     "decay_norm": False,
     "scale": "0.5,0.75,1,1.5,1.75,2",
     "ohem": None,
-    "unsup_weight": (100.0, 1.0),
+    "unsup_weight": {"noise": 100.0, "cutmix": 1.0},
 }  # fmt: skip
 PRESETS = {name: {**EVERYWHERE, **preset} for name, preset in PRESETS.items()}
 MEASURES, EVALUATIONS = ("loss_sup", "loss_unsup", "confident"), ("student_miou", "pseudo_accuracy")
@@ -98,14 +99,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--noise-std", type=float, default=0.1, metavar="σ", help="of η, in normalised units; not with --cutmix (default: 0.1)"
     )
-    group.add_argument("--conf-thresh", type=float, default=0.97, metavar="P", help="of `confident` (default: 0.97)")
-    group.add_argument("--colour-jitter", action="store_true", help="with --cutmix: jitter what the student sees")
+    group.add_argument(
+        "--conf-thresh",
+        type=float,
+        default=0.97,
+        metavar="P",
+        help="teacher's probability from which a pixel is confident; with --cutmix their share scales the loss (default: 0.97)",
+    )
+    group.add_argument(
+        "--colour-jitter", "--color-jitter", action="store_true", help="with --cutmix: jitter what the student sees"
+    )
     given, _ = parser.parse_known_args(argv)
     args = cli.finish(parser, PRESETS, "mean_teacher" + ("-cutmix" if given.cutmix else ""), argv)
-    if isinstance(args.unsup_weight, tuple):
-        args.unsup_weight = args.unsup_weight[1 if args.cutmix else 0]
-    if not 0 <= args.ema_decay < 1 or args.noise_std < 0 or not 0 <= args.conf_thresh <= 1:
-        parser.error("--ema-decay lies in [0,1), --noise-std is not negative, --conf-thresh lies in [0,1]")
+    if isinstance(args.unsup_weight, dict):
+        args.unsup_weight = args.unsup_weight["cutmix" if args.cutmix else "noise"]
+    if not (0 <= args.ema_decay < 1 and 0 <= args.noise_std and 0 <= args.conf_thresh <= 1 and 0 <= args.unsup_weight):
+        parser.error("--ema-decay lies in [0,1), --conf-thresh in [0,1]; --noise-std and --unsup-weight are not negative")
     if args.colour_jitter and not args.cutmix:
         parser.error("--colour-jitter goes with --cutmix")
     return args
@@ -134,11 +143,6 @@ def load_batches(args: argparse.Namespace, data: DataSource, rt: Runtime, start:
 
 
 # ---------------------------------------------------------------------------------------------------------- the method
-
-
-def probabilities(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Softmax maps (N,C,H,W) float32 of logits (N,C,h,w), interpolated to `size` = (H,W)."""
-    return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=True).softmax(1)
 
 
 def add_noise(images: Tensor, valid_mask: Tensor, std: float) -> Tensor:
@@ -209,16 +213,16 @@ def train_step(
             images_m = mix(mask, seen[1], seen[0])
             valid_mask = mix(mask, batches_u[1]["valid_mask"], batches_u[0]["valid_mask"])
             with torch.no_grad():
-                targets = mix(mask, *(probabilities(teacher(images_u[i]), size) for i in (1, 0)))
-            probs = probabilities(student(images_m), size)
+                targets = mix(mask, *(full_softmax(teacher(images_u[i]), size) for i in (1, 0)))
+            probs = full_softmax(student(images_m), size)
         else:
             # 3. The same crops under different noise, labelled and unlabelled pictures in forward passes of their own.
             clean = [(images_l, batch_l["valid_mask"]), (images_u[0], batches_u[0]["valid_mask"])]
             logits_l, logits_u = (student(add_noise(*pair, args.noise_std)) for pair in clean)
             valid_mask = torch.cat([mask for _, mask in clean])
             with torch.no_grad():
-                targets = torch.cat([probabilities(teacher(add_noise(*pair, args.noise_std)), size) for pair in clean])
-            probs = torch.cat([probabilities(logits, size) for logits in (logits_l, logits_u)])
+                targets = torch.cat([full_softmax(teacher(add_noise(*pair, args.noise_std)), size) for pair in clean])
+            probs = torch.cat([full_softmax(logits, size) for logits in (logits_l, logits_u)])
 
     # 2., 3. Losses.
     loss_sup = labelled_loss(logits_l, target_l, args.ohem, rt, args.kernels)

@@ -46,7 +46,7 @@ from common.augment import colour_jitter_and_blur, cutout, normalise
 from common.data import equal_size_loader, train_loader
 from common.data import load_data as load_source
 from common.datasets import DataSource, Item
-from common.deeplabv3plus import DeepLabV3Plus, parameter_groups
+from common.deeplabv3plus import DeepLabV3Plus, full_softmax, parameter_groups
 from common.evaluate import Scores, image_miou, scores, update, validate
 from common.figures import reliability_figure
 from common.losses import labelled_loss
@@ -79,7 +79,7 @@ REPEAT_BELOW = 200  # labelled pictures; fewer are listed twice in stage 1
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The settings of a run: the shared flags and those of ST++; schedules count for each stage."""
     parser = cli.parser(__doc__, PRESETS)
-    group = parser.add_argument_group("ST++")
+    group = parser.add_argument_group("ST++", "--epochs and --max-iters count for each of its two or three trainings")
     group.add_argument("--plain", action="store_true", help="ST: re-train once, on all pictures (--selection all)")
     group.add_argument(
         "--selection",
@@ -200,8 +200,8 @@ def label_pictures(network: nn.Module, images: Tensor, tta: bool, impl: str = "a
         size = (max(1, round(height * scale)), max(1, round(width * scale)))
         scaled = F.interpolate(images, size=size, mode="bilinear", align_corners=True)
         for mirrored in (False, True):
-            logits = network(scaled.flip(3) if mirrored else scaled).float()
-            probs = F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=True).softmax(1)
+            logits = network(scaled.flip(3) if mirrored else scaled)
+            probs = full_softmax(logits, (height, width))
             total = total + (probs.flip(3) if mirrored else probs)
     return pseudo_label(total, impl=impl).label
 
@@ -225,7 +225,7 @@ def mask_path(args: argparse.Namespace, stage: int, name: str) -> Path:
     return Path(args.run) / "pseudo_masks" / str(stage) / f"{name}.png"
 
 
-def trained(args: argparse.Namespace, data: DataSource, rt: Runtime, path: Path) -> nn.Module:
+def load_trained(args: argparse.Namespace, data: DataSource, rt: Runtime, path: Path) -> nn.Module:
     """A network in eval mode with the weights of a checkpoint."""
     networks = build_networks(args, data, rt)
     checkpoint.load_networks(checkpoint.read(path), networks, path)
@@ -253,7 +253,8 @@ def select(args: argparse.Namespace, data: DataSource, rt: Runtime) -> None:
         order = torch.randperm(len(data.unlabelled), generator=torch.Generator().manual_seed(args.seed)).tolist()
         scored = {item.name: (float(rank), math.nan) for rank, item in zip(order, data.unlabelled)}
     else:
-        checkpoints = [trained(args, data, rt, stage_folder(args, 1) / f"checkpoint-{j}.pt") for j in range(1, CHECKPOINTS + 1)]
+        paths = [stage_folder(args, 1) / f"checkpoint-{j}.pt" for j in range(1, CHECKPOINTS + 1)]
+        checkpoints = [load_trained(args, data, rt, path) for path in paths]
         masked = {item.name: item for item in data.audit}  # to measure with, never to train on
         items = tuple(masked.get(item.name, item) for item in data.unlabelled)
         with_truth = [tuple(item for item in items if (item.mask is not None) == known) for known in (False, True)]
@@ -272,16 +273,16 @@ def select(args: argparse.Namespace, data: DataSource, rt: Runtime) -> None:
     ranked = sorted(scored, key=lambda name: (-scored[name][0], name))
     reliable = set(ranked[: len(ranked) // 2])
     if rt.is_main:
+        known = [name for name in ranked if not math.isnan(scored[name][1])]
+        if known:
+            points = [(scored[name][0], scored[name][1], name in reliable) for name in known]
+            reliability_figure(points, Path(args.run) / "figures" / "reliability.png")
         part = path.with_suffix(".part")
         with open(part, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["id", "score", "reliable"])
             writer.writerows([name, f"{scored[name][0]:.6f}", int(name in reliable)] for name in ranked)
         part.replace(path)
-        known = [name for name in ranked if not math.isnan(scored[name][1])]
-        if known:
-            points = [(scored[name][0], scored[name][1], name in reliable) for name in known]
-            reliability_figure(points, Path(args.run) / "figures" / "reliability.png")
     rt.barrier()
 
 
@@ -291,7 +292,7 @@ def write_masks(stage: int, items: tuple[Item, ...], args: argparse.Namespace, d
     missing = tuple(item for item in items if not mask_path(args, stage, item.name).is_file())
     rt.barrier()  # all processes have looked before the first one writes
     if missing:
-        network = trained(args, data, rt, stage_folder(args, stage) / f"{args.teacher}.pt")
+        network = load_trained(args, data, rt, stage_folder(args, stage) / f"{args.teacher}.pt")
         with ThreadPoolExecutor(2) as pool:
             pending = []
             for batch in equal_size_loader(data, missing, args, rt):
@@ -310,7 +311,7 @@ def write_masks(stage: int, items: tuple[Item, ...], args: argparse.Namespace, d
 
 
 def report_masks(stage: int, items: tuple[Item, ...], args: argparse.Namespace, data: DataSource, rt: Runtime) -> None:
-    """Print how good the masks are, where true masks are available."""
+    """Print how good the masks are, where true masks are available, and keep it in RUN/pseudo_masks/STAGE.json."""
     names = {item.name for item in items}
     known = tuple(item for item in data.audit if item.name in names)
     matrix = torch.zeros(data.num_classes, data.num_classes, dtype=torch.int64)
@@ -320,6 +321,8 @@ def report_masks(stage: int, items: tuple[Item, ...], args: argparse.Namespace, 
         result = scores(matrix)
         quality = f"accuracy {100 * result.accuracy:.2f}, mIoU {100 * result.miou:.2f}"
         print(f"pseudo-masks of stage {stage}: {quality} on {len(known)} pictures with true masks", flush=True)
+        found = {"pictures": len(known), "accuracy": result.accuracy, "miou": result.miou}
+        checkpoint.write(found, Path(args.run) / "pseudo_masks" / f"{stage}.json")
 
 
 # --------------------------------------------------------------------------------------------------------- the stages

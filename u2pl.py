@@ -66,10 +66,10 @@ from kernels import cross_entropy, drop_unreliable, masked_percentile, memory_co
 
 # voc, cityscapes: the released configurations; an epoch passes over the unlabelled pictures. shapes, camvid: as elsewhere.
 # fmt: off
-FROM_SCRATCH = {"batch_size": 8, "head_lr_mult": 1.0, "decay_norm": False, "scale": "0.5,0.75,1,1.5,1.75,2"}
+AS_CPS = {"batch_size": 8, "head_lr_mult": 1.0, "decay_norm": False, "scale": "0.5,0.75,1,1.5,1.75,2"}
 PRESETS = {
-    "shapes": {**FROM_SCRATCH, "max_iters": 1400, "lr": 0.1, "weight_decay": 1e-4, "crop_size": 64, "warmup_iters": 200},
-    "camvid": {**FROM_SCRATCH, "epochs": 300, "lr": 0.01, "weight_decay": 4e-4, "crop_size": 320},
+    "shapes": {**AS_CPS, "max_iters": 1400, "lr": 0.1, "weight_decay": 1e-4, "crop_size": 64, "warmup_iters": 200},
+    "camvid": {**AS_CPS, "epochs": 300, "lr": 0.01, "weight_decay": 4e-4, "crop_size": 320},
     "voc": {"epochs": 80, "lr": 0.001, "weight_decay": 1e-4, "crop_size": 513, "output_stride": 8, "warmup_epochs": 1},
     "cityscapes": {"epochs": 200, "lr": 0.01, "weight_decay": 5e-4, "crop_size": 769, "output_stride": 8, "head_lr_mult": 1.0,
                    "ohem": (0.7, 50_000), "aux_weight": 0.4},
@@ -94,8 +94,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     kinds = ["unreliable", "reliable", "all"]
     add("--negatives", choices=kinds, default=kinds[0], help="unlabelled pixels to take (Table 4; default: unreliable)")
     add("--negatives-as-released", action="store_true", help="only pixels with pseudo-label c are negatives of class c")
-    add("--low-rank", type=int, default=3, metavar="R", help="unlabelled pixels are negatives of classes of this rank, ...")
-    add("--high-rank", type=int, default=20, metavar="R", help="... up to below this one (Table 5; default: 3, 20)")
+    add("--low-rank", type=int, default=3, metavar="R", help="labelled negatives rank below this, unlabelled from here ...")
+    add("--high-rank", type=int, default=20, metavar="R", help="... to below this (Table 5; default: 3, 20)")
     add("--no-prt", dest="prt", action="store_false", help="... or whatever the rank (Table 6)")
     add("--alpha0", type=float, default=20.0, metavar="PERCENT", help="of pixels unreliable at first (Table 7; default: 20)")
     add("--no-dpa", dest="dpa", action="store_false", help="keep that percentage throughout (Table 6)")
@@ -121,7 +121,7 @@ def phases(args: argparse.Namespace, data: DataSource, rt: Runtime) -> tuple[int
 class Network(DeepLabV3Plus):
     """DeepLabv3+ with a second head, which gives features, and on cityscapes an auxiliary one on `layer3`.
 
-    Images (N,3,H,W) -> logits (N,C,h,w); with `return_features` also features (N,256,h,w) and auxiliary logits, or None.
+    Images (N,3,H,W) -> logits (N,C,h,w); with `return_features` also features (N,D,h,w) and auxiliary logits, or None.
     """
 
     def __init__(self, args: argparse.Namespace, num_classes: int):

@@ -106,11 +106,12 @@ def parser(doc: str, presets: dict[str, dict]) -> argparse.ArgumentParser:
     group.add_argument("--data", choices=DATA_DEFAULTS, default="shapes", help="data set (default: shapes, the built-in one)")
     group.add_argument("--data-dir", metavar="DIR", help="its folder (default: data/NAME)")
     group.add_argument("--download", action="store_true", help="fetch voc (with SBD) or camvid into --data-dir first")
-    group.add_argument(
+    either = group.add_mutually_exclusive_group()
+    either.add_argument(
         "--split",
         help="labelled share: 1/8, a published list (183, u2pl-1/8), all, or a .txt (default: 1/8; folder: all)",
     )
-    group.add_argument(
+    either.add_argument(
         "--labelled-list", "--labeled-list", metavar="TXT", help="your own list of labelled picture ids, a line each"
     )
     group.add_argument("--extra", choices=["coarse"], help="cityscapes: add unlabelled pictures of leftImg8bit/train_extra")
@@ -128,10 +129,10 @@ def parser(doc: str, presets: dict[str, dict]) -> argparse.ArgumentParser:
     group.add_argument("--dropout", type=float, default=0.5, help="Dropout2d after ASPP (default: 0.5)")
 
     group = top.add_argument_group("schedule (defaults: the method's preset for the data set)")
-    group.add_argument("--epochs", type=positive, help="passes over the unlabelled pictures")
-    group.add_argument("--max-iters", type=positive, metavar="N", help="iterations; wins over --epochs")
+    group.add_argument("--epochs", type=positive, help="passes over the unlabelled pictures (stpp.py: over each stage's)")
+    group.add_argument("--max-iters", type=positive, metavar="N", help="iterations of each training; wins over --epochs")
     group.add_argument(
-        "-b", "--batch-size", type=positive, metavar="N", help="labelled pictures a process, and as many unlabelled"
+        "-b", "--batch-size", type=positive, metavar="N", help="labelled pictures a process, and as many unlabelled beside them"
     )
     group.add_argument("--lr", type=float, help="learning rate of the backbone, for the global batch")
     group.add_argument("--head-lr-mult", type=float, metavar="X", help="the head's multiple of it")
@@ -160,9 +161,9 @@ def parser(doc: str, presets: dict[str, dict]) -> argparse.ArgumentParser:
     )
 
     group = top.add_argument_group("machine")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
+    group.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda where there is one)")
     group.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision (default: off)")
-    group.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    group.add_argument("--compile", action="store_true", help="torch.compile the networks that are trained")
     group.add_argument(
         "--kernels",
         choices=["auto", "triton", "torch"],
@@ -295,6 +296,12 @@ def check(args: argparse.Namespace, top: argparse.ArgumentParser) -> None:
         scale_rule(args.scale)
     except InputError as error:
         top.error(str(error))
+    if args.extra and args.data != "cityscapes":
+        top.error("--extra coarse goes with --data cityscapes")
+    if args.download and args.data not in ("voc", "camvid"):
+        top.error(f"--download fetches voc and camvid, not {args.data}")
+    if args.download and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        top.error("--download: run it once without torchrun first; the other processes would not wait that long")
     if args.backbone == "tiny" and args.weights != "none":
         top.error("--backbone tiny has no pretrained weights; add --weights none")
     if args.weights not in ("imagenet", "none") and not Path(args.weights).is_file():
@@ -315,7 +322,7 @@ def check(args: argparse.Namespace, top: argparse.ArgumentParser) -> None:
     try:
         device = torch.device(args.device)
     except RuntimeError:
-        top.error(f"--device {args.device}: cpu, cuda, cuda:N or mps")
+        top.error(f"--device {args.device}: cpu, cuda or cuda:N")
     try:
         use_triton(args.kernels, device)
     except ValueError as error:

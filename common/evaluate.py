@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.augment import IGNORE, normalise
 from common.data import eval_loader
 from common.datasets import DataSource
+from common.deeplabv3plus import full_softmax
 from common.runtime import Runtime
 from kernels import pseudo_label
 
@@ -84,13 +84,12 @@ def probabilities(network: nn.Module, images: Tensor, window: int = 0) -> Tensor
     """
     height, width = images.shape[2:]
     if not window or (height <= window and width <= window):
-        logits = F.interpolate(network(images).float(), size=(height, width), mode="bilinear", align_corners=True)
-        return logits.softmax(1)
-    total = torch.zeros(1)
+        return full_softmax(network(images), (height, width))
+    total = None
     for top in starts(height, window):
         for left in starts(width, window):
             part = probabilities(network, images[:, :, top : top + window, left : left + window])
-            if total.ndim == 1:
+            if total is None:
                 total = part.new_zeros(*part.shape[:2], height, width)
             total[:, :, top : top + window, left : left + window] += part
     return total

@@ -1,4 +1,4 @@
-"""The pictures of a run: curves and predictions."""
+"""The figures of a run: curves, predictions, ST++'s reliability, U2PL's pixels; and those of `common.compare`."""
 
 import argparse
 import csv
@@ -169,10 +169,10 @@ def side_by_side(runs: dict[str, Path], path: Path, count: int = 5) -> None:
 
 
 def reliability_figure(points: list[tuple[float, float, bool]], path: Path) -> None:
-    """How good the pseudo-masks of reliable and other pictures are.
+    """How good the predictions on reliable and other pictures are.
 
     Args:
-        points: (reliability score, mIoU of the mask against the truth, whether reliable) of each picture.
+        points: (reliability score, mIoU of the last checkpoint's prediction, whether reliable) of each picture.
         path: of the PNG.
     """
     plt = pyplot()
@@ -182,7 +182,7 @@ def reliability_figure(points: list[tuple[float, float, bool]], path: Path) -> N
         if part:
             mean = sum(miou for _, miou in part) / len(part)
             axis.scatter(*zip(*part), s=10, label=f"{label}: {len(part)}, mean {mean:.1f}")
-    axis.set(xlabel="reliability score", ylabel="mIoU of the picture's pseudo-mask, %")
+    axis.set(xlabel="reliability score", ylabel="mIoU of the picture's prediction, %")
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=100)

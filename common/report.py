@@ -66,8 +66,9 @@ class Report:
             raise InputError(
                 f"{self.folder} holds a run already; go on with --resume {self.folder}, or choose another --output-dir"
             )
-        if resumed and resumed["labelled_list_sha1"] != self.data.list_hash:
-            raise InputError(f"{self.folder} was started with other labelled pictures ({resumed['protocol']})")
+        before = resumed and (resumed["labelled_list_sha1"], resumed["protocol"])
+        if resumed and before != (self.data.list_hash, self.data.protocol):
+            raise InputError(f"{self.folder} was started with other pictures ({resumed['protocol']}), not {self.data.protocol}")
         if resumed and resumed["processes"] != self.rt.world and not self.args.eval_only:
             raise InputError(f"{self.folder} was started with {resumed['processes']} processes, not {self.rt.world}")
         try:
@@ -132,10 +133,12 @@ class Report:
             self.say(
                 f"resumed at iteration {start}" if start else "no checkpoint in the run folder yet: starting from iteration 0"
             )
-        with open(self.folder / "metrics.csv", "w", newline="") as file:
+        part = self.folder / "metrics.part"  # a run that dies here keeps its history
+        with open(part, "w", newline="") as file:
             writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
+        part.replace(self.folder / "metrics.csv")
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import: only when a run begins
 
         self.board = SummaryWriter(str(self.folder), purge_step=start + 1 if start else None)

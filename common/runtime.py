@@ -2,7 +2,7 @@
 
 Checkpoints stand in `checkpoint.py`. Every script starts with `rt = start(args)` and is run by `launch(main, args)`, which
 turns what goes wrong into one line and an exit code: 2 for bad input, 130 for Ctrl-C, 0 for SIGTERM (both after a
-checkpoint), 1 for a loss that is not finite.
+checkpoint), 1 for a loss that is not finite, too little memory, or a file that could not be written while logging.
 """
 
 import argparse
@@ -56,6 +56,8 @@ class Runtime:
         scaler: loss scaler, active with float16 only.
         compile: whether `wrap` compiles.
         signal: the signal that asked to stop, or None.
+        polls: calls of `stopping`.
+        pending: the last loss that `check_finite` has not looked at: event, value, iteration, names.
     """
 
     device: torch.device
@@ -70,6 +72,7 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
+        """Whether this process prints and writes."""
         return self.rank == 0
 
     # ------------------------------------------------------------------------------------------------------- networks
@@ -176,8 +179,9 @@ class Runtime:
             return False
         asked = torch.tensor(float(self.signal or 0), device=self.device)
         dist.all_reduce(asked, dist.ReduceOp.MAX)
-        self.signal = int(asked.item()) or None
-        return self.signal is not None
+        agreed = int(asked.item())
+        self.signal = agreed or self.signal  # one may have arrived meanwhile: for the next time
+        return bool(agreed)
 
     def check_signal(self) -> None:
         """Raise Stopped if a signal arrived; several processes finish together what they are at."""
@@ -241,6 +245,8 @@ def start(args: argparse.Namespace) -> Runtime:
     if args.batch_size < 2 and not args.eval_only:
         raise InputError("-b 1: at least 2 pictures a process; BatchNorm over ASPP's pooled 1x1 map has no variance with one")
     device = torch.device(args.device)
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {args.device}: cpu or cuda; the losses need float64, which others lack")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise InputError(f"--device {args.device}: no CUDA device is visible; use --device cpu")
@@ -285,33 +291,35 @@ def end_workers() -> None:
         child.kill()
 
 
+def explain(error: BaseException, run: str) -> tuple[int, str]:
+    """Exit code and one line for what `launch` catches; `run` is the run's folder."""
+    go_on = f"go on from the last checkpoint with --resume {run}"
+    match error:
+        case Stopped(args=(signal.SIGINT,)):
+            return 130, f"stopped: Ctrl-C; go on with --resume {run}"
+        case Stopped():
+            return 0, f"stopped: SIGTERM; go on with --resume {run}"
+        case InputError():  # a loader worker's arrives as text, traceback and all; its last part is the message
+            return 2, "error: " + str(error).rsplit("InputError: ", 1)[-1].strip()
+        case NotFinite():
+            return 1, f"stopped: {error}. The last checkpoint is untouched; try a lower --lr or --amp off"
+        case torch.OutOfMemoryError():
+            return 1, f"stopped: {str(error).split('. ')[0]}; try a smaller -b or --crop-size, or --amp bf16"
+        case KeyboardInterrupt():
+            return 130, f"stopped at once; {go_on}"
+    return 1, f"stopped: {error}; {go_on}"  # an OSError: a full disk while logging, most likely
+
+
 def launch(main: Callable[[argparse.Namespace], Runtime | None], args: argparse.Namespace) -> None:
     """Run `main(args)` and exit with one clear line for what is expected to go wrong; a traceback only with `--debug`."""
     atexit.register(end_workers)
-    if args.debug:
-        main(args)
-        return
+    code = 0
     try:
         main(args)
-        code, message = 0, ""
-    except InputError as error:
-        # A loader worker's error arrives as text, traceback and all; its last part is the message.
-        code, message = 2, "error: " + str(error).rsplit("InputError: ", 1)[-1].strip()
-    except NotFinite as error:
-        code, message = 1, f"stopped: {error}. The last checkpoint is untouched; try a lower --lr or --amp off"
-    except Stopped as stop:
-        interrupted = stop.args[0] == signal.SIGINT
-        code, message = (
-            (130 if interrupted else 0),
-            f"stopped: {'Ctrl-C' if interrupted else 'SIGTERM'}; go on with --resume {args.output_dir}",
-        )
-    except torch.OutOfMemoryError as error:
-        code, message = 1, f"stopped: {str(error).split('. ')[0]}; try a smaller -b or --crop-size, or --amp bf16"
-    except OSError as error:  # a full disk while logging, most likely
-        code, message = 1, f"stopped: {error}; go on from the last checkpoint with --resume {args.output_dir}"
-    except KeyboardInterrupt:
-        code, message = 130, f"stopped at once; go on from the last checkpoint with --resume {args.output_dir}"
-    if message:
+    except (Stopped, InputError, NotFinite, torch.OutOfMemoryError, OSError, KeyboardInterrupt) as error:
+        if args.debug and not isinstance(error, Stopped):
+            raise
+        code, message = explain(error, args.output_dir)
         print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
     if dist.is_initialized() and code in (0, 130):
         dist.destroy_process_group()

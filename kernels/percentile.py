@@ -231,8 +231,6 @@ def masked_percentile(values: Tensor, valid_mask: Tensor, q: float | Sequence[fl
         raise ValueError(
             f"values {tuple(values.shape)} need a bool mask of their shape, not {tuple(valid_mask.shape)} {valid_mask.dtype}"
         )
-    if values.device.type == "mps":  # has no float64
-        return masked_percentile(values.cpu(), valid_mask.cpu(), q, impl=impl).to(values.device)
     if isinstance(q, Tensor):
         q = q.to(values.device, torch.float64).reshape(-1)
         numbers = q.tolist() if q.device.type == "cpu" else []

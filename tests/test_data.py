@@ -23,6 +23,7 @@ from common.data import (
     eval_loader,
     load_data,
     open_mask,
+    open_picture,
     to_rgb,
     train_loader,
 )
@@ -202,6 +203,23 @@ def test_lists_with_strangers_or_nothing(own_folder):
     (own_folder / "list.txt").write_text("\n")
     with pytest.raises(InputError, match="labelled set is empty"):
         datasets.load(settings(**own))
+
+
+def test_names_that_stand_twice_are_refused(own_folder):
+    """Masks of ST are named by picture, and labels are places in the list of classes."""
+    write_picture(own_folder / "images" / "unlabelled" / "labelled1.jpg")
+    with pytest.raises(InputError, match="both have a picture labelled1"):
+        datasets.load(settings(data="folder", data_dir=str(own_folder), split="all"))
+    (own_folder / "classes.txt").write_text("road\nother\nother\n")
+    with pytest.raises(InputError, match="names other twice"):
+        datasets.load(settings(data="folder", data_dir=str(own_folder), split="all"))
+
+
+def test_a_picture_too_large_for_pil_is_named(tmp_path, monkeypatch):
+    write_picture(tmp_path / "map.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(InputError, match=r"map\.png: cannot be read as a picture"):
+        open_picture(tmp_path / "map.png")
 
 
 def test_missing_mask_and_ambiguous_name(own_folder):

@@ -78,6 +78,14 @@ def test_a_loss_that_is_not_finite_names_iteration_and_pictures(rt):
         rt.check_finite(torch.tensor(math.nan), 5, ["c", "d"])
 
 
+def test_a_signal_that_arrives_while_processes_ask_each_other_is_not_lost(monkeypatch):
+    rt = runtime.Runtime(torch.device("cpu"), 0, 2, None, torch.amp.GradScaler("cpu", enabled=False), False)
+    monkeypatch.setattr(runtime.dist, "all_reduce", lambda tensor, op: setattr(rt, "signal", 15))  # after `asked` was made
+    assert not any(rt.stopping() for _ in range(10)) and rt.signal == 15
+    monkeypatch.setattr(runtime.dist, "all_reduce", lambda tensor, op: None)
+    assert [rt.stopping() for _ in range(10)] == [False] * 9 + [True]
+
+
 def test_the_scripts_main_is_the_same_line_for_line():
     import inspect
 

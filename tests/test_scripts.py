@@ -112,9 +112,9 @@ def test_workers_do_not_change_the_result(finished, tmp_path):
     assert same(weights(finished), weights(tmp_path / "workers"))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_signals_save_and_the_run_goes_on(number: int, code: int, finished, tmp_path):
-    process = start("cps.py", *SHORT, "-j", "1", "--output-dir", tmp_path / "run")
+@pytest.mark.parametrize(("number", "code", "flags"), [(signal.SIGTERM, 0, ("--debug",)), (signal.SIGINT, 130, ())])
+def test_signals_save_and_the_run_goes_on(number: int, code: int, flags: tuple, finished, tmp_path):
+    process = start("cps.py", *SHORT, "-j", "1", *flags, "--output-dir", tmp_path / "run")
     wait_for(process, "iter      4/12")
     os.killpg(process.pid, number)  # the group: loader workers get it too, as from a terminal or a scheduler
     rest = process.stdout.read()
@@ -177,7 +177,12 @@ def test_a_run_is_resumed_with_its_own_script_pictures_and_folder(finished, own_
     run(*command, "--output-dir", tmp_path / "run")
     (tmp_path / "list.txt").write_text("labelled2\nlabelled3\n")
     result = run("supervised.py", "--resume", tmp_path / "run", expect=2)
-    assert "was started with other labelled pictures" in result.stderr
+    assert "was started with other pictures" in result.stderr
+    (tmp_path / "list.txt").write_text("labelled0\nlabelled1\n")
+    run(*command, "--resume", tmp_path / "run")  # the very command goes on
+    (own_folder / "images" / "unlabelled" / "unlabelled0.jpg").unlink()
+    result = run("supervised.py", "--resume", tmp_path / "run", expect=2)
+    assert "was started with other pictures" in result.stderr and "+ 5 of images/unlabelled" in result.stderr
 
 
 def test_a_run_that_failed_at_its_start_does_not_occupy_its_folder(tmp_path):
@@ -239,7 +244,11 @@ def test_predict_errors(finished, tmp_path):
         (("--max-iters", "0"), "not at least 1"),
         (("--lr", "nan"), "--lr and --head-lr-mult must be above 0"),
         (("--seed", "99999999999"), "--seed (below 2^32)"),
-        (("--device", "mps"), "--device mps"),
+        (("--device", "mps"), "--device mps: cpu or cuda"),
+        (("--extra", "coarse"), "--extra coarse goes with --data cityscapes"),
+        (("--download",), "--download fetches voc and camvid, not shapes"),
+        (("--cps-weight", "nan"), "--cps-weight is not negative"),
+        (("--split", "1/8", "--labelled-list", "x.txt"), "not allowed with argument --split"),
         (("--crop-size", "200"), "more than twice the pictures' longest side, 64"),
         (("--eval-only",), "--eval-only needs --resume RUN"),
     ],
