@@ -1,4 +1,6 @@
-"""Operations on the head's low-resolution logits; see each file for its equation. Nothing here imports `common`."""
+"""Operations on the head's low-resolution logits; see each file for its equation. Nothing but `step.py`, which
+times whole training steps, imports `common` or the scripts.
+"""
 
 from kernels.contrast import memory_contrast
 from kernels.cross_entropy import cross_entropy

@@ -19,13 +19,14 @@ run on a GPU.
 import torch
 from torch import Tensor
 
-from kernels.interpolation import accumulator, jit, on_its_device, tl, tl_type, triton, use_triton
+from kernels.interpolation import accumulator, in_full_precision, jit, on_its_device, tl, tl_type, triton, use_triton
 
 EPS = tl.constexpr(1e-12)  # shortest length to divide by, as in torch.nn.functional.normalize
 TOGETHER = 4  # negatives that a warp handles at a time
 CHUNK = 2**23  # floats that the reference gathers at a time
 
 
+@in_full_precision
 def memory_contrast_reference(
     anchors: Tensor, positives: Tensor, bank: Tensor, indices: Tensor, classes: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
@@ -36,7 +37,7 @@ def memory_contrast_reference(
     unit = anchors.to(dtype) / length
     positive = torch.nn.functional.normalize(positives.to(dtype), dim=1, eps=eps)[:, None]  # (K,1,D)
     losses, gradients = [], []
-    count = max(CHUNK // (indices.shape[0] * indices.shape[2] * anchors.shape[2]), 1)
+    count = max(CHUNK // max(indices.shape[0] * indices.shape[2] * anchors.shape[2], 1), 1)
     for a, i in zip(unit.split(count, 1), indices.split(count, 1)):  # (K,part,D), (K,part,M)
         negatives = bank[classes[:, None, None], i].to(dtype)  # (K,part,M,D)
         scale = 1 / negatives.norm(dim=3).clamp_min(eps)  # (K,part,M)
@@ -145,9 +146,9 @@ def save_gradient(ctx, inputs, output):
 
 
 def scale_gradient(ctx, upstream, _):
-    """Chain rule: one number an anchor; nothing for the other inputs."""
+    """Chain rule: one number an anchor; nothing for the other inputs. Read once, written once, in the anchors' type."""
     (gradient,) = ctx.saved_tensors
-    return (upstream[..., None] * gradient).to(ctx.dtype), None, None, None, None, None, None
+    return torch.mul(upstream[..., None], gradient, out=torch.empty_like(gradient, dtype=ctx.dtype)), *[None] * 6
 
 
 memory_contrast_op.register_autograd(scale_gradient, setup_context=save_gradient)
@@ -171,7 +172,7 @@ def memory_contrast(
         bank: (num_classes,capacity,D) floats of any length, float16 for instance; contiguous.
         indices: (K,A,M) int32, the rows of the bank that are an anchor's negatives. On a GPU they are not checked.
         classes: (K,) int32, the class in the bank of each of the K.
-        temperature: T, at least 0.05.
+        temperature: T, at least 0.05; the kernel rounds 1/T to float32.
         impl: "auto" = Triton on CUDA, or anywhere with TRITON_INTERPRET=1, else PyTorch; "triton"; or "torch".
 
     Returns:
@@ -183,7 +184,7 @@ def memory_contrast(
     Source: section 3.1, arXiv:2203.03884.
     """
     k, _, d = anchors.shape
-    if positives.shape != (k, d) or bank.shape[2:] != (d,) or indices.shape[:2] != anchors.shape[:2] or classes.shape != (k,):
+    if positives.shape != (k, d) or bank.shape[2:] != (d,) or indices.shape[:-1] != anchors.shape[:2] or classes.shape != (k,):
         raise ValueError(
             f"anchors {tuple(anchors.shape)} (K,A,D) do not fit positives {tuple(positives.shape)} (K,D), bank "
             f"{tuple(bank.shape)} (classes,capacity,D), indices {tuple(indices.shape)} (K,A,M), classes {tuple(classes.shape)}"

@@ -5,10 +5,11 @@
     d loss / d z(c) = w · (softmax(z)(c) - [c = t]),  and from z to the logits by the transposed interpolation
 
 Plain PyTorch (interpolate, cross_entropy, backward) reads and writes N x C x H x W tensors about nine times: 1.5 GB for
-8 x 21 x 513 x 513. The kernel reads the logits (at stride 4 a sixteenth of that) three times, the labels once, and writes the
-gradient of the logits, half of it twice: 36 MB, and more where the caches do not hold it. It is bound by instructions instead:
-two exponentials and about 22 instructions a pixel and class. (`python -m kernels.aot`, sm_90: 98 registers for 129 -> 513, 127
-for 128 -> 512, nothing spilled; to issue the instructions for a batch of 8 takes an H200 at least 32 and 41 µs. No run yet.)
+8 x 21 x 513 x 513. The kernel's two launches read the logits (at stride 4 a sixteenth of that) three times each, the labels
+once in all, and both write the float32 gradient of the logits: 19 MB if the caches hold what is read again, 69 MB if they hold
+nothing, and 17 MB more to scale the gradient in the backward pass. It is bound by instructions instead: two exponentials and
+about 22 instructions a pixel and class. (`python -m kernels.aot`, sm_90: 98 registers for 129 -> 513, 127 for 128 -> 512,
+nothing spilled; to issue the instructions for a batch of 8 takes an H200 at least 32 and 41 µs. No run yet.)
 
 Each lane owns a cell (see `interpolation.py`) and passes over the classes three times: for the maximum, for the sum of
 exponentials, and for the gradient, which it collapses to the cell's four corners. A node takes part in four cells. The left and
@@ -247,9 +248,9 @@ def keep_gradient(ctx, inputs, output) -> None:
 
 
 def backward(ctx, upstream, _weight_sum, _gradient) -> tuple:
-    """Scale the saved gradient, into a new tensor."""
+    """Scale the saved gradient into a new tensor of the logits' type, in one pass."""
     (gradient,) = ctx.saved_tensors
-    return (gradient * upstream).to(ctx.dtype), *[None] * 7
+    return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=ctx.dtype)), *[None] * 7
 
 
 cross_entropy_op.register_autograd(backward, setup_context=keep_gradient)

@@ -19,6 +19,7 @@ from kernels.interpolation import (
     cell_corners,
     cell_jit,
     chunks,
+    in_full_precision,
     interpolate_row,
     load_corners,
     log_sum_exp,
@@ -32,6 +33,7 @@ from kernels.interpolation import (
 )
 
 
+@in_full_precision
 def cross_entropy_reference(
     logits: Tensor,
     target: Tensor,

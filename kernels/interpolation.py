@@ -77,6 +77,17 @@ def tl_type(dtype: torch.dtype):
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def in_full_precision(function: Callable) -> Callable:
+    """Run with autocast off on the first argument's device: the references compute in float32 whatever surrounds them."""
+
+    @functools.wraps(function)
+    def run(first: Tensor, *args, **options):
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args, **options)
+
+    return run
+
+
 def on_its_device(launch: Callable) -> Callable:
     """Make the GPU of the first argument, a tensor, the current one while kernels are launched: Triton takes that."""
 

@@ -225,15 +225,15 @@ def masked_percentile(values: Tensor, valid_mask: Tensor, q: float | Sequence[fl
 
     Raises:
         ValueError: shapes that differ, a mask that is not bool, numbers outside [0,100], an unknown impl, or "triton" without a
-            GPU. The numbers of a tensor on a GPU are not looked at.
+            GPU. The numbers of a tensor on a GPU are not looked at; one on the host is copied, which waits for the GPU.
     """
     if values.shape != valid_mask.shape or valid_mask.dtype != torch.bool:
         raise ValueError(
             f"values {tuple(values.shape)} need a bool mask of their shape, not {tuple(valid_mask.shape)} {valid_mask.dtype}"
         )
     if isinstance(q, Tensor):
+        numbers = q.reshape(-1).tolist() if q.device.type == "cpu" else []
         q = q.to(values.device, torch.float64).reshape(-1)
-        numbers = q.tolist() if q.device.type == "cpu" else []
     else:
         numbers = list(q) if isinstance(q, Sequence) else [q]
         q = torch.stack([torch.full((), number, dtype=torch.float64, device=values.device) for number in numbers])

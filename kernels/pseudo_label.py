@@ -234,10 +234,12 @@ def pseudo_label(
         `PseudoLabel`, without gradient. Of equal logits the lowest class wins.
 
     Raises:
-        ValueError: logits of another rank, more than 254 classes, an unknown impl, or "triton" without a GPU.
+        ValueError: logits of another rank, more than 254 classes, an empty size, an unknown impl, or "triton" without a GPU.
     """
     if logits.ndim != 4 or logits.shape[1] > 254:
         raise ValueError(f"logits (N,C,h,w) with C <= 254 are needed, not {tuple(logits.shape)}")
     height, width = size or logits.shape[2:]
+    if height < 1 or width < 1:
+        raise ValueError(f"size {(height, width)}: at least 1 x 1")
     label, confidence, entropy = pseudo_label_op(logits, height, width, align_corners, with_confidence, with_entropy, impl)
     return PseudoLabel(label, confidence if with_confidence else None, entropy if with_entropy else None)

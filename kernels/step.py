@@ -68,6 +68,7 @@ def compare_steps(method: str, device: torch.device) -> None:
     from common import runtime
 
     cuda = device.type == "cuda"
+    torch.backends.cudnn.benchmark = cuda  # as in training
     size, count, backbone = (512, 8, "resnet50") if cuda else (128, 2, "resnet18")
     flags = ["--data", "voc", "--weights", "none", "--backbone", backbone, "--crop-size", str(size), "-b", str(count)]
     flags += ["--max-iters", "1000"] + (["--warmup-iters", "0"] if method == "u2pl" else [])
@@ -106,7 +107,7 @@ def compare_steps(method: str, device: torch.device) -> None:
                 stack.enter_context(mock.patch.object(*place))
             held = lists if name.startswith("usual") else keys
             call = functools.partial(step, usual_networks if name.startswith("usual") else networks)
-            timings[name] = time_gpu(call, capture=False) if cuda else time_cpu(call, 5)
+            timings[name] = time_gpu(call, capture=False, milliseconds=5000) if cuda else time_cpu(call, 5)
             peaks[name] = timings[name].peak if cuda else peak_cpu(call)
             peaks[name] += sum(keys.nbytes for keys in held if keys.device.type == device.type)
         print(f"{name:14}{1e3 * timings[name].median:9.1f} ms, peak {peaks[name] / 1e9:.3f} GB", flush=True)

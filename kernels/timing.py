@@ -46,10 +46,11 @@ class Timing(NamedTuple):
     peak: int | None
 
 
-def time_gpu(function: Callable, capture: bool) -> Timing:
-    """By Triton's own benchmark, which clears the L2 cache between calls; with `capture` also as a CUDA graph.
+def time_gpu(function: Callable, capture: bool, milliseconds: int = 100) -> Timing:
+    """By Triton's own benchmark, which clears the L2 cache between calls, for about `milliseconds`.
 
-    Only what can be captured may ask for it: a failed capture leaves the random generator unusable.
+    With `capture` also as a CUDA graph, which does not clear it. Only what can be captured may ask for that: a failed capture
+    leaves the random generator unusable.
     """
     import triton
 
@@ -60,7 +61,7 @@ def time_gpu(function: Callable, capture: bool) -> Timing:
     function()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
-    median, low, high = (ms / 1e3 for ms in triton.testing.do_bench(function, quantiles=[0.5, 0.2, 0.8]))
+    median, low, high = (ms / 1e3 for ms in triton.testing.do_bench(function, rep=milliseconds, quantiles=[0.5, 0.2, 0.8]))
     graph = triton.testing.do_bench_cudagraph(function, return_mode="median") / 1e3 if capture else None
     return Timing(median, low, high, graph, peak)
 

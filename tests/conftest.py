@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 # Triton decides at import whether kernels are compiled or interpreted; without a GPU the tests interpret them. The variable
 # goes away at once: with it every script that a test starts would interpret its kernels, too.
 NATIVE = torch.cuda.is_available()
+os.environ.pop("TRITON_INTERPRET", None)
 if not NATIVE:
     os.environ["TRITON_INTERPRET"] = "1"
 import kernels  # noqa: E402, F401

@@ -19,9 +19,9 @@ from conftest import NATIVE, never_waiting, run, settings
 
 import cps
 from common import datasets, losses
-from kernels import PseudoLabel, cross_entropy, drop_unreliable, masked_percentile, memory_contrast, pseudo_label
+from kernels import PseudoLabel, cross_entropy, drop_unreliable, masked_percentile, memory_contrast, pseudo_label, step
 from kernels.interpolation import axis
-from kernels.timing import peak_cpu
+from kernels.timing import Timing, peak_cpu
 
 MODULES = [sys.modules[f"kernels.{name}"] for name in ("cross_entropy", "cross_entropy_map", "pseudo_label")]
 IMPLEMENTATIONS = [
@@ -29,6 +29,9 @@ IMPLEMENTATIONS = [
     pytest.param(("triton", "cpu"), id="interpreted", marks=pytest.mark.skipif(NATIVE, reason="kernels are compiled here")),
     pytest.param(
         ("triton", "cuda"), id="gpu", marks=[pytest.mark.gpu, pytest.mark.skipif(not NATIVE, reason="no CUDA device")]
+    ),
+    pytest.param(
+        ("torch", "cuda"), id="torch-gpu", marks=[pytest.mark.gpu, pytest.mark.skipif(not NATIVE, reason="no CUDA device")]
     ),
 ]
 
@@ -213,6 +216,22 @@ def test_gradient_scaled_twice_comes_from_the_same_saved_values(where):
         torch.autograd.grad(loss, logits, torch.tensor(s, device=device), retain_graph=True)[0] for s in (1.0, 5.0)
     )
     torch.testing.assert_close(5 * first, second)
+
+
+def test_autocast_around_an_operation_does_not_lower_its_precision(where):
+    impl, device = where
+    logits, target = example((1, 5, 5, 7), (17, 25), device, torch.float32)
+    inputs, _, _ = contrast_example(2, 3, 8, 4, torch.float32, device)
+
+    def both():
+        variable = logits.detach().clone().requires_grad_()
+        cross_entropy(variable, target, impl=impl).backward()
+        return variable.grad, memory_contrast(*inputs, impl=impl)
+
+    plain = both()
+    with torch.autocast(device, torch.bfloat16):
+        inside = both()
+    assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
 
 
 def test_non_contiguous_inputs(where):
@@ -434,15 +453,16 @@ def test_compiles_without_a_graph_break(where):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not NATIVE, reason="no CUDA device")
-def test_no_operation_waits_for_the_gpu():
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_no_operation_waits_for_the_gpu(impl):
     logits, target = example((2, 5, 9, 9), (33, 33), "cuda", torch.float32)
     target = target.to(torch.uint8)
 
     def step():
-        found = pseudo_label(logits, (33, 33), with_entropy=True)
-        thresholds = masked_percentile(found.entropy, target != 255, [20.0, 80.0])
-        label, _ = drop_unreliable(found.label, found.entropy, thresholds[1])
-        (cross_entropy(logits, label) + cross_entropy(logits, target)).backward()
+        found = pseudo_label(logits, (33, 33), with_entropy=True, impl=impl)
+        thresholds = masked_percentile(found.entropy, target != 255, [20.0, 80.0], impl=impl)
+        label, _ = drop_unreliable(found.label, found.entropy, thresholds[1], impl=impl)
+        (cross_entropy(logits, label, impl=impl) + cross_entropy(logits, target, impl=impl)).backward()
 
     logits.requires_grad_()
     step()  # compiles, and uploads the tables
@@ -497,6 +517,12 @@ def test_what_the_operations_refuse(monkeypatch):
         cross_entropy(logits, target, class_weight=torch.ones(4))
     with pytest.raises(ValueError, match="254"):
         pseudo_label(torch.zeros(1, 255, 2, 2))
+    with pytest.raises(ValueError, match="size"):
+        pseudo_label(logits, (0, 9))
+    inputs, _, _ = contrast_example(2, 3, 8, 4, torch.float32, "cpu")
+    with pytest.raises(ValueError, match="do not fit"):
+        memory_contrast(*inputs[:3], inputs[3][..., 0], inputs[4])
+    assert memory_contrast(*inputs[:3], inputs[3][..., :0], inputs[4]).eq(0).all()  # no negatives, nothing to tell apart
 
 
 def test_the_reference_holds_one_full_resolution_tensor_at_most():
@@ -538,8 +564,21 @@ def test_the_benchmark_checks_and_times_every_operation(tmp_path):
     assert all(float(row["median_us"]) > 0 and row["gate"] == "" for row in rows)
     assert "nothing to compare" in run(*command, "--op", "cross_entropy_full", expect=2).stderr
     assert "NxCxhxw:HxW" in run(*command, "--shape", "3x9", expect=2).stderr
+    assert "--provider triton: of eager,torch" in run(*command, "--provider", "triton", expect=2).stderr
+    assert "--step takes --device alone" in run(*command, "--step", "cps", "--csv", "rows.csv", expect=2).stderr
     if not NATIVE:
         assert "no CUDA device" in run("-m", "kernels.benchmark").stdout
+
+
+@pytest.mark.parametrize("method", ["cps", "u2pl"])
+def test_whole_steps_run_both_ways(method, monkeypatch, capsys):
+    """One call of each way; the second half of the printed table is their ratio."""
+    calls = []
+    monkeypatch.setattr(step, "time_cpu", lambda call, _: calls.append(call()) or Timing(1.0, 1.0, 1.0, None, None))
+    monkeypatch.setattr(step, "peak_cpu", lambda _: 10)
+    monkeypatch.setattr("u2pl.CAPACITY", 100)
+    step.compare_steps(method, torch.device("cpu"))
+    assert len(calls) == 4 and "usual / kernels: time 1.00" in capsys.readouterr().out
 
 
 def test_training_with_kernels_follows_training_without(where, rt):

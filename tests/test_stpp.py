@@ -235,7 +235,7 @@ def test_a_start_that_failed_leaves_no_settings_behind(tmp_path):
     assert "lr 0.02," in run("stpp.py", "--resume", folder).stdout
 
 
-def test_random_selection_needs_no_checkpoints_and_follows_the_seed(tmp_path):
+def test_random_selection_takes_a_shuffled_half(tmp_path):
     run("stpp.py", "--selection", "random", *SHORT, "--output-dir", tmp_path / "a")
     rows = list(csv.DictReader(open(tmp_path / "a" / "reliability.csv")))
     assert sum(row["reliable"] == "1" for row in rows) == 32
