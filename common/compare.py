@@ -195,10 +195,11 @@ def readings(rows: list[Row]) -> list[str]:
         differences = [ours.last - theirs.last for ours, theirs in zip(row.results, first.results)]
         known = row.published is not None and first.published is not None
         published = row.published - first.published if known else None
+        error = f", standard error {standard_error(differences):.2f}" if len(differences) > 1 else ""
         lines.append(
             f"- {row.variant.label} against {first.variant.label} at {row.split}: "
             + ("" if published is None else f"published {published:+.2f}, ")
-            + f"here {statistics.mean(differences):+.2f}, standard error {standard_error(differences):.2f}: "
+            + f"here {statistics.mean(differences):+.2f}{error}: "
             + verdict(differences, published)
         )
     return lines
@@ -214,7 +215,9 @@ def verdict(differences: list[float], published: float | None) -> str:
     measured, noise = statistics.mean(differences), standard_error(differences)
     if not any(differences):
         return "no difference at all, these flags change nothing here"
-    if math.isnan(noise) or abs(measured) < CERTAIN.get(len(differences), 2.6) * noise:
+    if math.isnan(noise):
+        return "one seed, nothing is known of the noise"
+    if abs(measured) < CERTAIN.get(len(differences), 2.6) * noise:
         return "not clear of the noise"
     if not published:
         return "clear of the noise" + ("" if published is None else ", and none is published")

@@ -125,6 +125,9 @@ def test_the_table_reads_differences_against_their_noise():
     )
     assert better in found[0] and "DISAGREES" in found[1] and "not clear of the noise" in found[2]
     assert found[3].endswith("unpublished against first at 1/8: here -70.00, standard error 0.58: clear of the noise")
+    assert compare.readings([row("a", [70.0], None), row("b", [71.0], None)])[0].endswith(
+        "+1.00: one seed, nothing is known of the noise"
+    )
     assert rows[0].mean == 71 and rows[0].spread == 1 and math.isnan(row("one", [3.0], None).spread)
     assert rows[1]._replace(split="1/4").published is None
 
