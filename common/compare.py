@@ -336,7 +336,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the run would go on alone
+    for number in (signal.SIGTERM, signal.SIGINT):  # or the run would go on alone; a shell's background jobs ignore Ctrl-C's
+        signal.signal(number, signal.default_int_handler)
     try:
         main()
     except InputError as problem:
