@@ -24,7 +24,7 @@ Differences from the paper and the released code:
 3. The blur is torchvision's (13 pixels) with the σ of the release's PIL blur.
 4. The network is this project's DeepLabv3+, with dropout 0.5 after ASPP; the release has 0.1 in the decoder, too.
 
-    python stpp.py                                              # built-in data, a CPU, about 4 minutes
+    python stpp.py                                              # built-in data, a CPU, about 3 minutes
     python stpp.py --plain --data voc --data-dir VOCdevkit --split 1/8 --amp bf16
 """
 

@@ -107,8 +107,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--low-rank must be at least 0 and below --high-rank; --negatives-as-released needs ranks, no --no-prt")
     if not (0 <= args.ema_decay < 1 and 0 <= args.cutmix_prob <= 1 and 0 < args.alpha0 < 50):
         parser.error("--ema-decay lies in [0,1), --cutmix-prob in [0,1], --alpha0 between 0 and 50")
-    if (args.warmup_iters or 0) < 0 or not args.contrast_weight >= 0:
-        parser.error("--warmup-iters and --contrast-weight must not be negative")
+    if not (0 <= (args.warmup_iters or 0) < (args.max_iters or 10**9) and args.contrast_weight >= 0):
+        parser.error(f"--warmup-iters {args.warmup_iters}: from 0 to below --max-iters; --contrast-weight: not negative")
     return args
 
 

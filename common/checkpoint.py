@@ -156,7 +156,7 @@ def load_networks(content: dict, networks: Mapping[str, nn.Module], path: Path) 
     for name, network in networks.items():
         if name not in content["networks"]:
             raise InputError(
-                f"{path}: holds {', '.join(content['networks'])}, not '{name}'; is it another method's checkpoint?"
+                f"{path}: holds {', '.join(content['networks'])}, not '{name}': another name, or another method's checkpoint"
             )
         try:
             network.load_state_dict(content["networks"][name])

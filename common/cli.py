@@ -103,7 +103,7 @@ def parser(doc: str, presets: dict[str, dict]) -> argparse.ArgumentParser:
     )
 
     group = top.add_argument_group("data")
-    group.add_argument("--data", choices=DATA_DEFAULTS, default="shapes", help="data set (default: shapes, the built-in one)")
+    group.add_argument("--data", choices=presets, default="shapes", help="data set (default: shapes, the built-in one)")
     group.add_argument("--data-dir", metavar="DIR", help="its folder (default: data/NAME)")
     group.add_argument("--download", action="store_true", help="fetch voc (with SBD) or camvid into --data-dir first")
     either = group.add_mutually_exclusive_group()

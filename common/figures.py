@@ -130,7 +130,7 @@ def measure_curves(runs: dict[str, list[Path]], measure: str, path: Path) -> Non
                 for row in csv.DictReader(text):
                     if row[measure]:
                         points.setdefault(int(row["iteration"]), []).append(100 * float(row[measure]))
-        axis.plot(*zip(*((iteration, np.mean(points[iteration])) for iteration in sorted(points))), label=label)
+        axis.plot(*zip(*((iteration, np.mean(points[iteration])) for iteration in sorted(points))), label=label, marker=".")
     axis.set(xlabel="iteration", ylabel=f"{measure}, %")
     axis.grid(alpha=0.3)
     axis.legend()

@@ -76,11 +76,16 @@ def test_a_run_that_failed_at_its_start_takes_the_corrected_command(method: str,
         assert f"no folder {folder};" in result.stderr
 
 
+def test_flags_that_a_later_method_refuses_stop_the_comparison_before_its_first_run(tmp_path):
+    result = run(*SHORT, "--methods", "supervised", "u2pl", "--output", tmp_path, *REST, expect=2)
+    assert "--warmup-iters 200: from 0 to below --max-iters" in result.stderr and "started" not in result.stdout
+
+
 def test_runs_with_other_labelled_pictures_are_not_compared(tmp_path):
     rows = []
     for name, sha1, threads in (("a", "1", 1), ("b", "1", 2), ("c", "2", 2)):
         (tmp_path / name).mkdir()
-        alike = {"processes": 1, "hardware": "cpu", "versions": {"torch": "2"}}
+        alike = {"git_commit": "c", "processes": 1, "hardware": "cpu", "versions": {"torch": "2"}}
         (tmp_path / name / "args.json").write_text(json.dumps({**alike, "labelled_list_sha1": sha1, "threads": threads}))
         rows.append(row(name, [50.0], None)._replace(folders=[tmp_path / name]))
     assert compare.conditions(rows[1:2]) == [] and compare.conditions(rows[:2]) == ["- not alike in all runs: threads (1; 2)"]

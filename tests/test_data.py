@@ -215,6 +215,12 @@ def test_names_that_stand_twice_are_refused(own_folder):
         datasets.load(settings(data="folder", data_dir=str(own_folder), split="all"))
 
 
+def test_pictures_of_other_formats_are_not_left_out_silently(own_folder):
+    (own_folder / "images" / "unlabelled" / "scan.bmp").write_bytes(b"")
+    with pytest.raises(InputError, match=r"scan\.bmp: only \.png, \.jpg and \.jpeg are read"):
+        datasets.load(settings(data="folder", data_dir=str(own_folder), split="all"))
+
+
 def test_a_picture_too_large_for_pil_is_named(tmp_path, monkeypatch):
     write_picture(tmp_path / "map.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)

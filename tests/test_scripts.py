@@ -183,7 +183,7 @@ def test_a_run_is_resumed_with_its_own_script_pictures_and_folder(finished, own_
     run(*command, "--resume", tmp_path / "run")  # the very command goes on
     (own_folder / "images" / "unlabelled" / "unlabelled0.jpg").unlink()
     result = run("supervised.py", "--resume", tmp_path / "run", expect=2)
-    assert "was started with other pictures" in result.stderr and "+ 5 of images/unlabelled" in result.stderr
+    assert "was started with other pictures" in result.stderr and "2 + 5 of images/unlabelled unlabelled" in result.stderr
 
 
 def test_a_run_that_failed_at_its_start_does_not_occupy_its_folder(tmp_path):

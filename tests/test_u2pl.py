@@ -304,8 +304,11 @@ def test_in_the_warm_up_the_teacher_is_a_copy_and_not_the_student(rt):
     assert networks["bank"].filled.max() > 0
     args = u2pl.parse_args(["--data", "voc", "--weights", "none"])
     assert u2pl.phases(args, SimpleNamespace(unlabelled=range(9259)), rt) == (578, 80 * 578)
-    with pytest.raises(InputError, match="nothing of 100 iterations is left after a warm-up of 200"):
-        u2pl.build_networks(u2pl.parse_args(["--max-iters", "100"]), data, rt)
+    with pytest.raises(InputError, match="nothing of 578 iterations is left after a warm-up of 578"):
+        args = u2pl.parse_args(["--data", "voc", "--weights", "none", "--epochs", "1"])
+        u2pl.build_networks(args, SimpleNamespace(unlabelled=range(9259)), rt)
+    with pytest.raises(SystemExit):
+        u2pl.parse_args(["--max-iters", "100"])  # the warm-up of shapes is 200
 
 
 def test_ablation_flags_change_what_they_say(rt, monkeypatch):
