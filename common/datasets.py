@@ -127,11 +127,15 @@ def read_list(path: Path) -> list[str]:
     """
     if not path.is_file():
         raise InputError(f"no label list at {path}")
+    return list(dict.fromkeys(picture_id(line) for line in read_lines(path)))
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not empty, stripped."""
     try:
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
     except UnicodeDecodeError:
         raise InputError(f"{path}: not a text file") from None
-    return list(dict.fromkeys(picture_id(line) for line in lines))
 
 
 def picture_id(line: str) -> str:
@@ -383,7 +387,7 @@ def folder(args: argparse.Namespace) -> DataSource:
     root = data_dir(args, layout)
     if not (root / "classes.txt").is_file():
         raise InputError(f"no {root}/classes.txt: a class name a line, in the order of the labels")
-    names = tuple(line.strip() for line in (root / "classes.txt").read_text().splitlines() if line.strip())
+    names = tuple(read_lines(root / "classes.txt"))
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise InputError(f"{root}/classes.txt names {twice} twice")
@@ -400,9 +404,9 @@ def folder(args: argparse.Namespace) -> DataSource:
         raise InputError(f"no pictures in {root}/images/{'val' if labelled else 'labelled'} (.png, .jpg, .jpeg)")
     fields = divide(args, labelled, None)
     more = tuple(Item(stem, path) for stem, path in pictures(root / "images" / "unlabelled").items())
-    twice = next((item.name for item in more if item.name in {other.name for other in labelled}), None)
+    twice = {item.name for item in labelled} & {item.name for item in more}
     if twice:  # masks of ST are named by picture
-        raise InputError(f"{root}/images: labelled and unlabelled both have a picture {twice}; rename one")
+        raise InputError(f"{root}/images: labelled and unlabelled both have a picture {min(twice)}; rename one")
     before = fields["protocol"].rsplit(", ", 1)[0]
     fields["protocol"] = f"{before}, {len(fields['unlabelled'])} + {len(more)} of images/unlabelled unlabelled"
     fields["unlabelled"] += more

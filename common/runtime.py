@@ -246,7 +246,7 @@ def start(args: argparse.Namespace) -> Runtime:
         raise InputError("-b 1: at least 2 pictures a process; BatchNorm over ASPP's pooled 1x1 map has no variance with one")
     device = torch.device(args.device)
     if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {args.device}: cpu or cuda; the losses need float64, which others lack")
+        raise InputError(f"--device {args.device}: cpu or cuda; no other has been tried")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise InputError(f"--device {args.device}: no CUDA device is visible; use --device cpu")

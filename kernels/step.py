@@ -94,8 +94,8 @@ def compare_steps(method: str, device: torch.device) -> None:
         lists, keys = list(bank.keys.float().cpu()), [bank.keys]
         usual_networks["bank"] = SimpleNamespace(lists=lists, keys=bank.keys, filled=bank.filled)
 
-    def step(networks: dict) -> None:
-        script.train_step(networks, optimizer, batches, 0, args, data, rt)
+    def step(networks: dict) -> Tensor:
+        return script.train_step(networks, optimizer, batches, 0, args, data, rt)["loss"]
 
     print(f"step of {method}: {backbone}, {count} + {count} pictures of {size} x {size}, {device.type}")
     timings, peaks = {}, {}

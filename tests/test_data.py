@@ -213,6 +213,9 @@ def test_names_that_stand_twice_are_refused(own_folder):
     (own_folder / "classes.txt").write_text("road\nother\nother\n")
     with pytest.raises(InputError, match="names other twice"):
         datasets.load(settings(data="folder", data_dir=str(own_folder), split="all"))
+    (own_folder / "classes.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="not a text file"):
+        datasets.load(settings(data="folder", data_dir=str(own_folder), split="all"))
 
 
 def test_pictures_of_other_formats_are_not_left_out_silently(own_folder):

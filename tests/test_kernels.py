@@ -572,13 +572,14 @@ def test_the_benchmark_checks_and_times_every_operation(tmp_path):
 
 @pytest.mark.parametrize("method", ["cps", "u2pl"])
 def test_whole_steps_run_both_ways(method, monkeypatch, capsys):
-    """One call of each way; the second half of the printed table is their ratio."""
-    calls = []
-    monkeypatch.setattr(step, "time_cpu", lambda call, _: calls.append(call()) or Timing(1.0, 1.0, 1.0, None, None))
+    """Both ways do the same work: their losses differ by dropout and by what the contrast draws, not by a missing term."""
+    found = []
+    monkeypatch.setattr(step, "time_cpu", lambda call, _: found.append(call().item()) or Timing(1.0, 1.0, 1.0, None, None))
     monkeypatch.setattr(step, "peak_cpu", lambda _: 10)
     monkeypatch.setattr("u2pl.CAPACITY", 100)
     step.compare_steps(method, torch.device("cpu"))
-    assert len(calls) == 4 and "usual / kernels: time 1.00" in capsys.readouterr().out
+    assert len(found) == 4 and max(found) < 1.2 * min(found)
+    assert "usual / kernels: time 1.00" in capsys.readouterr().out
 
 
 def test_training_with_kernels_follows_training_without(where, rt):
