@@ -173,11 +173,15 @@ def full_softmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def initialise(module: nn.Module) -> None:
-    """Kaiming-normal convolutions (fan out), BatchNorm at one and zero."""
-    if isinstance(module, nn.Conv2d):
+    """Kaiming-normal weights (fan out) for every convolution that a BatchNorm follows; others keep PyTorch's default.
+
+    In this file such a convolution has no bias. The layers without a BatchNorm (the classifier, and in U2PL the last
+    feature and auxiliary convolutions) must not get it: fan out of a 1x1 classifier is the number of classes C, so its
+    weights would have a deviation of sqrt(2/C) and a fresh network's loss would be twice ln C. PyTorch's default,
+    U(-1/sqrt(fan_in), 1/sqrt(fan_in)), is what the released U2PL, ST++ and UniMatch use.
+    """
+    if isinstance(module, nn.Conv2d) and module.bias is None:
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def load_backbone_file(net: nn.Module, path: Path) -> None:

@@ -1,9 +1,13 @@
 """The network against torchvision and against hand-computed sizes."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torchvision import models
 
+import u2pl
 from common import InputError
 from common.deeplabv3plus import DeepLabV3Plus, ResNetBackbone, parameter_groups
 
@@ -89,3 +93,24 @@ def test_parameter_groups_hold_each_parameter_once():
 def test_one_picture_cannot_train():
     with pytest.raises(ValueError, match="more than 1 value"):
         DeepLabV3Plus("tiny", 6).train()(torch.zeros(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("backbone", ["tiny", "resnet50"])
+@pytest.mark.parametrize("num_classes", [6, 21])
+def test_a_fresh_network_knows_nothing(backbone: str, num_classes: int):
+    """The loss of a fresh classifier on random images is ln C: it may not be sure of anything.
+
+    In train mode: the running statistics of a fresh BatchNorm are not yet those of any image.
+    """
+    torch.manual_seed(0)
+    args = SimpleNamespace(
+        backbone=backbone, weights="none", output_stride=16, dropout=0.5, contrast=True, aux_weight=0.4
+    )
+    network = u2pl.Network(args, num_classes)  # the plain network with every further head
+    with torch.no_grad():
+        logits, features, auxiliary = network(torch.randn(4, 3, 96, 96), return_features=True)
+    for head in (logits, auxiliary):
+        target = torch.randint(num_classes, (4, *head.shape[2:]))
+        loss = torch.nn.functional.cross_entropy(head, target).item()
+        assert loss == pytest.approx(math.log(num_classes), rel=0.1)
+    assert features.std() < 1
