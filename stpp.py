@@ -31,6 +31,7 @@ Differences from the paper and the released code:
 import argparse
 import csv
 import functools
+import json
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -51,7 +52,7 @@ from common.evaluate import Scores, image_miou, scores, update, validate
 from common.figures import reliability_figure
 from common.losses import labelled_loss
 from common.masks import read_mask, write_mask
-from common.report import Report
+from common.report import Report, claim
 from common.runtime import Runtime
 from kernels import pseudo_label
 
@@ -340,13 +341,12 @@ def run(args: argparse.Namespace) -> None:
     if args.eval_only and not (Path(args.run) / "last.pt").is_file():
         raise InputError(f"--eval-only: the last stage of {args.run} has no checkpoint yet")
     data = load_source(args, rt)
+    check_unlabelled(args, data)
     rt.barrier()
+    claimed = claim(Path(args.run)) if rt.is_main else None  # before anything is written: another run may be at work there
     if rt.is_main and not args.resume:  # for --resume, until the last stage writes its own
-        try:
-            (Path(args.run) / "figures").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot write to the run folder {args.run}: {error.strerror or error}") from None
         checkpoint.write({"args": vars(args)}, Path(args.run) / "args.json")
+    check_stages(args)
     for stage in range(1, count + 1):
         folder = stage_folder(args, stage)
         if stage == count or not (args.eval_only or (folder / "finished").is_file()):
@@ -354,7 +354,7 @@ def run(args: argparse.Namespace) -> None:
             resume = args.resume and begun(folder)
             main(argparse.Namespace(**{**vars(args), "stage": stage, "output_dir": str(folder), "resume": resume}))
             if stage == count:
-                return
+                break
             rt = runtime.start(args)  # `main` had one of its own
             rt.agree_to_stop()
             if rt.is_main:
@@ -370,6 +370,31 @@ def run(args: argparse.Namespace) -> None:
         say(rt, f"label {len(items)} pictures with the network of stage {stage}")
         write_masks(stage, items, args, data, rt)
         rt.agree_to_stop()
+    if claimed:
+        claimed.close()
+
+
+def check_unlabelled(args: argparse.Namespace, data: DataSource) -> None:
+    """Refuse data that a later stage could not train on, before the first stage does."""
+    needed = 1 if args.selection == "all" else 2  # two halves
+    if len(data.unlabelled) < needed:
+        raise InputError(
+            f"{data.protocol}: re-training needs at least {needed} unlabelled images; use supervised.py, or a smaller --split"
+        )
+
+
+def check_stages(args: argparse.Namespace) -> None:
+    """Refuse to go on with stages that were trained with other settings than the run's own."""
+    wanted = json.loads(json.dumps(vars(args)))  # as they are read back: tuples are lists
+    own = {"stage", "output_dir", "run", *cli.FREE_ON_RESUME}
+    for stage in range(1, stage_count(args)):
+        folder = stage_folder(args, stage)
+        if not begun(folder):
+            continue
+        found = checkpoint.read_description(folder)["args"]
+        other = [f"{key}={found[key]}" for key in found if key not in own and found[key] != wanted.get(key)]
+        if other:
+            raise InputError(f"{folder} was trained with {', '.join(other)}, unlike the run; choose another --output-dir")
 
 
 def stage_text(args: argparse.Namespace, stage: int) -> str:
@@ -429,7 +454,8 @@ def main(args: argparse.Namespace) -> None:
             report.evaluation(done, next(iter(results.values())), networks, measured)
         if done == schedule.total:
             break
-        batch = [rt.to_device(part) for part in next(batches)]
+        with checkpoint.saved_first(last, done, args, networks, states, rt):
+            batch = [rt.to_device(part) for part in next(batches)]
         measured = train_step(callables, optimizer, batch, done, args, data, rt)
         rt.check_finite(measured["loss"], done + 1, [name for part in batch for name in part["name"]])
         report.iteration(done + 1, measured, scheduler.get_last_lr()[0])

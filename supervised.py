@@ -143,7 +143,8 @@ def main(args: argparse.Namespace) -> None:
             report.evaluation(done, next(iter(results.values())), networks, measured)
         if done == schedule.total:
             break
-        batch = [rt.to_device(part) for part in next(batches)]
+        with checkpoint.saved_first(last, done, args, networks, states, rt):
+            batch = [rt.to_device(part) for part in next(batches)]
         measured = train_step(callables, optimizer, batch, done, args, data, rt)
         rt.check_finite(measured["loss"], done + 1, [name for part in batch for name in part["name"]])
         report.iteration(done + 1, measured, scheduler.get_last_lr()[0])

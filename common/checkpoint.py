@@ -15,7 +15,9 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Mapping
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ import torch.distributed as dist
 from torch import nn
 
 from common import InputError
-from common.runtime import Runtime, derive_seed
+from common.runtime import Runtime, WorkerDied, derive_seed, last_line
 
 SCHEMA = 1
 
@@ -52,8 +54,8 @@ def set_random_state(state: dict) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def write(content: dict, path: Path) -> None:
-    """Write `content` to `path`, as JSON or by torch.save, through a temporary file.
+def write(content: dict | list[str], path: Path) -> None:
+    """Write `content` to `path` through a temporary file: .json, .txt (a line an entry), else by torch.save.
 
     The old file stays until the new one is safely on the disk.
 
@@ -65,6 +67,8 @@ def write(content: dict, path: Path) -> None:
         with open(part, "wb") as file:
             if path.suffix == ".json":
                 file.write((json.dumps(content, indent=1) + "\n").encode())
+            elif path.suffix == ".txt":
+                file.write("".join(f"{line}\n" for line in content).encode())
             else:
                 torch.save(content, file)
             file.flush()
@@ -100,6 +104,54 @@ def save(
     rt.barrier()
 
 
+@contextmanager
+def saved_first(
+    path: Path,
+    iteration: int,
+    args: argparse.Namespace,
+    networks: Mapping[str, nn.Module],
+    states: Mapping,
+    rt: Runtime,
+) -> Iterator[None]:
+    """Around the loading of a batch: what ends a run there ends it after a checkpoint.
+
+    A file that cannot be read is found when its turn comes, and a loader worker may be killed at any time; neither should
+    cost the iterations since the last checkpoint. With several processes it does: saving takes all of them, and the
+    others are waiting inside their training step.
+
+    Args:
+        path: the checkpoint to write.
+        iteration: iterations done; with none there is nothing to keep.
+        args, networks, states, rt: as for `save`.
+
+    Raises:
+        InputError: a file could not be read; the message says that the run can go on, and how.
+        WorkerDied: a loader worker was killed.
+    """
+    if hasattr(signal, "SIGCHLD"):
+        # PyTorch's handler raises wherever the program is when a worker dies, inside the optimiser's step as well. Without
+        # it the loader itself notices, when it is asked for a batch.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    keep = iteration > 0 and rt.world == 1
+    try:
+        yield
+    except InputError as error:
+        if not keep:
+            raise
+        save(path, iteration, args, networks, states, rt)
+        run = getattr(args, "run", args.output_dir)
+        raise InputError(
+            f"{last_line(error)}; saved at iteration {iteration}: repair or remove the file, "
+            f"then go on with --resume {run}"
+        ) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        if keep:
+            save(path, iteration, args, networks, states, rt)
+        raise WorkerDied(str(error).splitlines()[0]) from None
+
+
 def header(iteration: int, args: argparse.Namespace, networks: Mapping[str, nn.Module]) -> dict:
     """What `best.pt` holds, and the first part of `last.pt`."""
     return {
@@ -127,18 +179,29 @@ def read(path: Path) -> dict:
     return content
 
 
-def read_description(run: Path) -> dict:
+def read_description(run: Path, *needed: str) -> dict:
     """The run's `args.json`: its settings under "args", and classes, colours, protocol, versions.
+
+    Args:
+        run: the run's folder.
+        needed: further entries that must be there; while ST's first stages train, the run has its settings only.
 
     Raises:
         InputError: no run in that folder, or a damaged file.
     """
     try:
-        return json.loads((run / "args.json").read_text())
+        content = json.loads((run / "args.json").read_text())
     except OSError:
         raise InputError(f"no run in {run} (no args.json there)") from None
     except ValueError:
-        raise InputError(f"{run}/args.json is damaged") from None
+        raise InputError(f"{run}/args.json is damaged: it is not JSON") from None
+    settings = content.get("args") if isinstance(content, dict) else None
+    if not isinstance(settings, dict) or not isinstance(settings.get("method"), str):
+        raise InputError(f"{run}/args.json is damaged: it holds no settings")
+    missing = [name for name in needed if name not in content]
+    if missing:
+        raise InputError(f"{run}/args.json is damaged: it has no {missing[0]}")
+    return content
 
 
 def occupied(run: Path) -> bool:

@@ -6,6 +6,8 @@ what else the script measures); cells that a row does not measure are empty.
 
 import argparse
 import csv
+import errno
+import os
 import platform
 import shutil
 import subprocess
@@ -19,10 +21,13 @@ import torchvision
 from torch import Tensor, nn
 
 from common import InputError, checkpoint
-from common.cli import Schedule
+from common.cli import Schedule, note
 from common.datasets import DataSource
 from common.evaluate import Scores
 from common.runtime import Runtime
+
+# Columns of metrics.csv that TensorBoard shows as the axis, or not at all.
+NOT_ON_BOARD = {"iteration", "epoch", "seconds", "peak_memory_mb"}
 
 
 class Report:
@@ -55,28 +60,58 @@ class Report:
         self.sums: dict[str, Tensor] = {}
         self.counted, self.best, self.seconds, self.clock = 0, -1.0, 0.0, None
         self.bar = self.log = self.board = self.lock = None
+        self.remarks: list[str] = []  # said when the run begins
+        self.resumed = bool(args.resume)
+        if self.resumed:
+            self.check_resumed()
         if rt.is_main:
             self.open_folder()
 
     # --------------------------------------------------------------------------------------------------- the run folder
 
+    def check_resumed(self) -> None:
+        """Compare the data with what the run was started with; on all processes alike.
+
+        Unlabelled images may have been taken away meanwhile, such as one that could not be read: the run keeps its
+        number of iterations and says so. Anything else would be another run.
+
+        Raises:
+            InputError: other labelled or more unlabelled images, or another number of processes.
+        """
+        needed = ("labelled_list_sha1", "protocol", "processes", "iterations")
+        described = checkpoint.read_description(self.folder, *needed)
+        other = f"{self.folder} was started with other images ({described['protocol']})"
+        if described["labelled_list_sha1"] != self.data.list_hash:
+            raise InputError(f"{other}, not {self.data.protocol}")
+        before, now = set(read_names(self.folder)), unlabelled_names(self.data)
+        added = sorted(set(now) - before)
+        if added:
+            raise InputError(f"{other}: {len(added)} unlabelled images are new, such as {added[0]}")
+        removed = sorted(before - set(now))
+        if removed:
+            shown = ", ".join(removed[:3]) + (", ..." if len(removed) > 3 else "")
+            self.remarks.append(
+                f"{len(removed)} of {len(before)} unlabelled images are gone since the start ({shown}): "
+                "the others come in another order from here on"
+            )
+            self.args.max_iters = self.schedule.total = described["iterations"]
+        if described["processes"] != self.rt.world and not self.args.eval_only:
+            raise InputError(
+                f"{self.folder} was started with {described['processes']} processes, not {self.rt.world}"
+            )
+
     def open_folder(self) -> None:
-        resumed = self.args.resume and checkpoint.read_description(self.folder)
-        if not resumed and checkpoint.occupied(self.folder):
+        """Make the run's folder, or take up the one that is resumed, and keep other processes out of it."""
+        if not self.resumed and checkpoint.occupied(self.folder):
             raise InputError(
                 f"{self.folder} holds a run already; go on with --resume {self.folder}, or choose another --output-dir"
             )
-        before = resumed and (resumed["labelled_list_sha1"], resumed["protocol"])
-        if resumed and before != (self.data.list_hash, self.data.protocol):
-            raise InputError(f"{self.folder} was started with other pictures ({resumed['protocol']}), not {self.data.protocol}")
-        if resumed and resumed["processes"] != self.rt.world and not self.args.eval_only:
-            raise InputError(f"{self.folder} was started with {resumed['processes']} processes, not {self.rt.world}")
+        self.lock = claim(self.folder)
         try:
-            (self.folder / "figures").mkdir(parents=True, exist_ok=True)
-            self.lock = lock(self.folder / ".lock")
-            if not resumed:
+            if not self.resumed:
+                checkpoint.write(unlabelled_names(self.data), self.folder / "unlabelled.txt")
                 checkpoint.write(self.description(), self.folder / "args.json")
-            self.log = open(self.folder / "log.txt", "a" if resumed else "w", buffering=1)
+            self.log = open(self.folder / "log.txt", "a" if self.resumed else "w", buffering=1)
         except OSError as error:
             raise InputError(f"cannot write to the run folder {self.folder}: {error.strerror or error}") from None
 
@@ -133,20 +168,38 @@ class Report:
             self.say(
                 f"resumed at iteration {start}" if start else "no checkpoint in the run folder yet: starting from iteration 0"
             )
+        for remark in self.remarks:
+            self.say(remark)
         part = self.folder / "metrics.part"  # a run that dies here keeps its history
         with open(part, "w", newline="") as file:
             writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
         part.replace(self.folder / "metrics.csv")
-        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import: only when a run begins
-
-        self.board = SummaryWriter(str(self.folder), purge_step=start + 1 if start else None)
+        self.open_board(rows)
         if sys.stderr.isatty():
             from tqdm import tqdm
 
             self.bar = tqdm(total=self.schedule.total, initial=start, unit="it", dynamic_ncols=True)
         self.clock = time.monotonic()
+
+    def open_board(self, rows: list[dict]) -> None:
+        """Begin TensorBoard's events anew from the rows of metrics.csv that stay, each at the time it was measured.
+
+        Going on with the old files would show twice what was measured between the last checkpoint and the end of the
+        run before. A TensorBoard that is looking on drops what it has (`purge_step`).
+        """
+        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import: only when a run begins
+
+        for path in self.folder.glob("events.out.tfevents.*"):
+            path.unlink()
+        self.board = SummaryWriter(str(self.folder), purge_step=0)
+        begun = time.time() - self.elapsed()
+        for row in rows:
+            for name in set(self.columns) - NOT_ON_BOARD:
+                if row.get(name):
+                    when = begun + float(row["seconds"])
+                    self.board.add_scalar(name, float(row[name]), int(row["iteration"]), walltime=when)
 
     def say(self, text: str = "") -> None:
         """Print a line and keep it in log.txt; only on the first process."""
@@ -276,17 +329,68 @@ def resident_mb() -> float | str:
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
 
 
+def unlabelled_names(data: DataSource) -> list[str]:
+    """Names of the images that a run learns from without true labels, pseudo-labelled ones included, in order."""
+    pseudo = [item.name for item in data.labelled if item.pseudo]
+    return [item.name for item in data.unlabelled] + pseudo
+
+
+def read_names(run: Path) -> list[str]:
+    """What `unlabelled_names` gave when the run in folder `run` was started."""
+    path = run / "unlabelled.txt"
+    try:
+        return path.read_text().splitlines()
+    except (OSError, ValueError):
+        raise InputError(f"{path} is missing or damaged; without it the run cannot go on") from None
+
+
+def claim(folder: Path):
+    """Make a run's folder if need be and keep other processes from writing to it.
+
+    Returns:
+        An open file: the folder belongs to this process until it is closed, or the process ends however it does. None
+        where the system has no locks.
+
+    Raises:
+        InputError: another process writes there, the folder cannot be written to, or it holds symbolic links, through
+            which writing would leave the folder.
+    """
+    try:
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        links = [path for path, *entries in os.walk(folder) for path in linked(path, entries)]
+        if links:
+            raise InputError(f"{links[0]} is a symbolic link; a run's folder may not hold any, remove it")
+        return lock(folder / ".lock")
+    except OSError as error:
+        raise InputError(f"cannot write to the run folder {folder}: {error.strerror or error}") from None
+
+
+def linked(folder: str, entries: list[list[str]]) -> list[str]:
+    """The symbolic links among the entries of a folder, as `os.walk` lists them."""
+    paths = [os.path.join(folder, name) for names in entries for name in names]
+    return [path for path in paths if os.path.islink(path)]
+
+
 def lock(path: Path):
-    """Hold an exclusive lock on `path` as long as the returned file is open, so that two processes cannot write one run."""
+    """Lock the file `path` for this process, see `claim`.
+
+    The lock is POSIX's: it belongs to the process. One of BSD's kind (flock) would pass on to loader workers, which
+    outlive a killed run by some seconds and would keep it from being resumed; and it would refuse the last stage of ST,
+    which writes to the folder that the run itself has claimed.
+    """
     try:
         import fcntl
     except ImportError:  # not a POSIX system
         return None
     file = open(path, "w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"another process is writing to {path.parent}; wait for it, or choose another --output-dir") from None
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise InputError(
+                f"another process is writing to {path.parent}; wait for it, or choose another --output-dir"
+            ) from None
+        note(f"the file system of {path.parent} has no locks: nothing keeps two processes from writing there")
     return file
 
 

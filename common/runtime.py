@@ -2,7 +2,8 @@
 
 Checkpoints stand in `checkpoint.py`. Every script starts with `rt = start(args)` and is run by `launch(main, args)`, which
 turns what goes wrong into one line and an exit code: 2 for bad input, 130 for Ctrl-C, 0 for SIGTERM (both after a
-checkpoint), 1 for a loss that is not finite, too little memory, or a file that could not be written while logging.
+checkpoint), 1 for a loss that is not finite, too little memory, a loader worker that was killed, or a file that could not
+be written while logging.
 """
 
 import argparse
@@ -29,6 +30,15 @@ class Stopped(Exception):
 
 class NotFinite(Exception):
     """The loss is NaN or infinite."""
+
+
+class WorkerDied(Exception):
+    """A loader worker was killed from outside; the message is PyTorch's."""
+
+
+def last_line(error: BaseException) -> str:
+    """The message of an error; one of a loader worker arrives as a traceback in text, with the message at its end."""
+    return str(error).rsplit("InputError: ", 1)[-1].strip()
 
 
 def derive_seed(*numbers: int) -> int:
@@ -299,8 +309,10 @@ def explain(error: BaseException, run: str) -> tuple[int, str]:
             return 130, f"stopped: Ctrl-C; go on with --resume {run}"
         case Stopped():
             return 0, f"stopped: SIGTERM; go on with --resume {run}"
-        case InputError():  # a loader worker's arrives as text, traceback and all; its last part is the message
-            return 2, "error: " + str(error).rsplit("InputError: ", 1)[-1].strip()
+        case InputError():
+            return 2, f"error: {last_line(error)}"
+        case WorkerDied():
+            return 1, f"stopped: {error} Too little memory, most likely: fewer workers (-j) or a smaller -b; {go_on}"
         case NotFinite():
             return 1, f"stopped: {error}. The last checkpoint is untouched; try a lower --lr or --amp off"
         case torch.OutOfMemoryError():
@@ -316,7 +328,9 @@ def launch(main: Callable[[argparse.Namespace], Runtime | None], args: argparse.
     code = 0
     try:
         main(args)
-    except (Stopped, InputError, NotFinite, torch.OutOfMemoryError, OSError, KeyboardInterrupt) as error:
+    except (
+        Stopped, InputError, NotFinite, WorkerDied, torch.OutOfMemoryError, OSError, KeyboardInterrupt,
+    ) as error:  # fmt: skip
         if args.debug and not isinstance(error, Stopped):
             raise
         code, message = explain(error, args.output_dir)

@@ -1,21 +1,27 @@
 """Checkpoints that survive, losses that are not finite, and two processes against one."""
 
 import argparse
+import dataclasses
+import errno
 import math
+import os
 import random
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import settings
+from conftest import ROOT, settings
 
 import cps
 import mean_teacher
 import stpp
 import supervised
 import u2pl
-from common import InputError, checkpoint, cli, datasets, runtime
+from common import InputError, checkpoint, cli, datasets, report, runtime
 from common.augment import ScaleFrom, WeakAugment
 from common.data import Key, TrainSet, eval_loader
 from common.evaluate import evaluate
@@ -78,6 +84,85 @@ def test_a_loss_that_is_not_finite_names_iteration_and_pictures(rt):
         rt.check_finite(torch.tensor(math.nan), 5, ["c", "d"])
 
 
+def test_what_ends_the_loading_of_a_batch_saves_first(rt, tmp_path):
+    networks, states = small_state()
+    args = argparse.Namespace(seed=0, output_dir="runs/here")
+    path = tmp_path / "last.pt"
+    from_worker = InputError("Caught InputError in DataLoader worker process 0.\nInputError: a.jpg: broken")
+    for iteration, world, saved in ((0, 1, False), (5, 2, False), (5, 1, True)):
+        message = r"^a\.jpg: broken; saved at iteration 5: .*--resume runs/here$" if saved else "InputError: a.jpg: broken"
+        with pytest.raises(InputError, match=message):
+            with checkpoint.saved_first(path, iteration, args, networks, states, dataclasses.replace(rt, world=world)):
+                raise from_worker
+        assert path.exists() == saved
+    killed = "DataLoader worker (pid 7) is killed by signal: Killed. \nmore"
+    with pytest.raises(runtime.WorkerDied, match="is killed by signal: Killed"):
+        with checkpoint.saved_first(path, 9, args, networks, states, rt):
+            raise RuntimeError(killed)
+    assert checkpoint.read(path)["iteration"] == 9
+    with pytest.raises(RuntimeError, match="shapes"):
+        with checkpoint.saved_first(path, 10, args, networks, states, rt):
+            raise RuntimeError("shapes differ")
+    assert checkpoint.read(path)["iteration"] == 9  # an error of the program itself: nothing is known of the state
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe{}", "it is not JSON"),
+        (b"{", "it is not JSON"),
+        (b"[1]", "it holds no settings"),
+        (b'{"args": {"lr": 1}}', "it holds no settings"),
+        (b'{"args": {"method": "cps"}}', "it has no protocol"),
+    ],
+)
+def test_damaged_descriptions_are_named(content: bytes, message: str, tmp_path):
+    (tmp_path / "args.json").write_bytes(content)
+    with pytest.raises(InputError, match=rf"args\.json is damaged: {message}"):
+        checkpoint.read_description(tmp_path, "protocol")
+
+
+# ------------------------------------------------------------------------------------------------------- the run's folder
+
+
+def test_a_killed_run_leaves_no_lock_behind_in_its_loader_workers(tmp_path):
+    """Found wrong once: workers inherited the lock, and outlived their parent by seconds."""
+    code = (
+        "import os, sys, time; from pathlib import Path; from common.report import claim\n"
+        "held = claim(Path(sys.argv[1]))\n"
+        "child = os.fork()\n"
+        "if child == 0: time.sleep(60); os._exit(0)\n"
+        "print(child, flush=True); os.kill(os.getpid(), 9)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], cwd=ROOT, capture_output=True, text=True)
+    worker = int(result.stdout)
+    try:
+        assert report.claim(tmp_path / "run") is not None
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", no_locks)
+    assert report.claim(tmp_path / "run") is not None
+    assert "has no locks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["log.txt", "figures", "pseudo_masks/1/a.part"])
+def test_symbolic_links_in_a_run_folder_are_refused(name: str, tmp_path):
+    """Writing through them would leave the folder."""
+    outside, path = tmp_path / "outside", tmp_path / "run" / name
+    outside.write_text("precious")
+    path.parent.mkdir(parents=True)
+    path.symlink_to(outside if "." in name else tmp_path)
+    with pytest.raises(InputError, match=f"{name} is a symbolic link"):
+        report.claim(tmp_path / "run")
+    assert outside.read_text() == "precious"
+
+
 def test_a_signal_that_arrives_while_processes_ask_each_other_is_not_lost(monkeypatch):
     rt = runtime.Runtime(torch.device("cpu"), 0, 2, None, torch.amp.GradScaler("cpu", enabled=False), False)
     monkeypatch.setattr(runtime.dist, "all_reduce", lambda tensor, op: setattr(rt, "signal", 15))  # after `asked` was made
@@ -91,11 +176,6 @@ def test_the_scripts_main_is_the_same_line_for_line():
 
     for script in (supervised, mean_teacher, stpp, u2pl):
         assert inspect.getsource(script.main) == inspect.getsource(cps.main)
-
-
-def test_the_scripts_stay_short_enough_to_read():
-    for script in (cps, mean_teacher, stpp, supervised, u2pl):
-        assert len(open(script.__file__).read().splitlines()) <= (350 if script is cps else 450)
 
 
 def test_the_window_is_the_crop_and_a_users_list_has_no_published_schedule():

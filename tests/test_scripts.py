@@ -15,9 +15,11 @@ import pytest
 import torch
 from conftest import ROOT, run, write_mask, write_picture
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cps
 from common import runtime
+from common.data import StreamSampler
 
 SHORT = ("--max-iters", "12", "--eval-iters", "6", "--log-interval", "2", "--save-interval", "3", "-b", "2", "--device", "cpu")
 ON_FILES = ("--backbone", "tiny", "--weights", "none", "-b", "2", "--crop-size", "32", "--max-iters", "2", "-j", "1")
@@ -106,6 +108,14 @@ def test_killed_and_resumed_ends_with_the_same_weights(command: str, finished, t
         rows = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
         tables.append([[row[rows[0].index(name)] for name in names] for row in rows])
     assert tables[0] == tables[1]
+    assert shown(finished) == shown(tmp_path / "killed")
+
+
+def shown(run_folder: Path) -> list[tuple[str, int, float]]:
+    """What TensorBoard finds in a run's folder; learning rates are rounded alike in both."""
+    events = EventAccumulator(str(run_folder), purge_orphaned_data=False).Reload()
+    tags = events.Tags()["scalars"]
+    return sorted((tag, event.step, round(event.value, 5)) for tag in tags for event in events.Scalars(tag))
 
 
 def test_workers_do_not_change_the_result(finished, tmp_path):
@@ -178,12 +188,12 @@ def test_a_run_is_resumed_with_its_own_script_pictures_and_folder(finished, own_
     run(*command, "--output-dir", tmp_path / "run")
     (tmp_path / "list.txt").write_text("labelled2\nlabelled3\n")
     result = run("supervised.py", "--resume", tmp_path / "run", expect=2)
-    assert "was started with other pictures" in result.stderr
+    assert "was started with other images" in result.stderr
     (tmp_path / "list.txt").write_text("labelled0\nlabelled1\n")
     run(*command, "--resume", tmp_path / "run")  # the very command goes on
-    (own_folder / "images" / "unlabelled" / "unlabelled0.jpg").unlink()
+    write_picture(own_folder / "images" / "unlabelled" / "another.jpg")
     result = run("supervised.py", "--resume", tmp_path / "run", expect=2)
-    assert "was started with other pictures" in result.stderr and "2 + 5 of images/unlabelled unlabelled" in result.stderr
+    assert "1 unlabelled images are new, such as another" in result.stderr
 
 
 def test_a_run_that_failed_at_its_start_does_not_occupy_its_folder(tmp_path):
@@ -283,6 +293,39 @@ def test_an_error_ends_the_workers_of_all_loaders(own_folder, tmp_path, flags: t
         "--crop-size", "32", "-j", "2", "--output-dir", tmp_path / "out", *flags, expect=1 if flags else 2,
     )  # fmt: skip
     assert re.search(r"unlabelled\d\.jpg: cannot be read as a picture", result.stderr)
+
+
+def test_a_run_outlives_a_broken_image_that_is_taken_away(own_folder, tmp_path):
+    """Found costly once: it ended without a checkpoint, and without the image --resume refused."""
+    first_batch = {key.index for key in next(iter(StreamSampler(6, 2, seed=0, stream=1, start=0, stop=1)))}
+    name = f"unlabelled{min(set(range(6)) - first_batch)}"
+    broken = own_folder / "images" / "unlabelled" / f"{name}.jpg"
+    whole = broken.read_bytes()
+    flags = ("--backbone", "tiny", "--weights", "none", *SHORT, "--crop-size", "32", "-j", "0", "--save-interval", "1000",
+             "--eval-iters", "1000")  # fmt: skip
+    command = ("cps.py", "--no-cutmix", "--data", "folder", "--data-dir", own_folder, *flags, "--output-dir", tmp_path / "run")
+    broken.write_bytes(whole[: len(whole) // 2])  # the header is whole: nothing shows before its turn comes
+    result = run(*command, expect=2)
+    at = re.search(name + r"\.jpg: .*; saved at iteration (\d+): repair or remove the file, then go on with", result.stderr)
+    assert at and torch.load(tmp_path / "run" / "last.pt", weights_only=True)["iteration"] == int(at[1]) > 0
+    broken.unlink()
+    result = run("cps.py", "--resume", tmp_path / "run")
+    assert f"resumed at iteration {at[1]}" in result.stdout
+    assert f"1 of 6 unlabelled images are gone since the start ({name})" in result.stdout
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["iteration"] == 12
+
+
+def test_a_killed_loader_worker_ends_the_run_after_a_checkpoint(own_folder, tmp_path):
+    flags = ("--backbone", "tiny", "--weights", "none", "-b", "2", "--crop-size", "32", "-j", "1", "--log-interval", "1",
+             "--max-iters", "100000", "--device", "cpu")  # fmt: skip
+    process = start("supervised.py", "--data", "folder", "--data-dir", own_folder, *flags, "--output-dir", tmp_path / "run")
+    wait_for(process, "iter      5/")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    output = process.stdout.read()
+    assert process.wait() == 1 and "Traceback" not in output
+    assert re.search(r"supervised.py: stopped: DataLoader worker .*fewer workers \(-j\).*--resume", output.splitlines()[-1])
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["iteration"] >= 5
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_checkpoint_untouched(tmp_path):

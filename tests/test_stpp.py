@@ -4,6 +4,7 @@ import argparse
 import csv
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from conftest import run, settings
 from test_scripts import same, start, wait_for, weights
 
 import stpp
-from common import datasets
+from common import InputError, checkpoint, datasets
 from common.augment import Window, cutout
 from common.data import Key, TrainSet
 from common.masks import read_mask, write_mask
@@ -233,6 +234,43 @@ def test_a_start_that_failed_leaves_no_settings_behind(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert "lr 0.02," in run("stpp.py", "--resume", folder).stdout
+
+
+def test_a_refused_second_start_leaves_the_first_run_as_it_is(tmp_path):
+    """Found wrong once: the second start put its settings into args.json, and --resume trained later stages with them."""
+    folder = tmp_path / "run"
+    process = start("stpp.py", "--plain", *SHORT, "--max-iters", "100000", "--log-interval", "1000", "--output-dir", folder)
+    wait_for(process, "run folder")
+    before = (folder / "args.json").read_text()
+    refused = run("stpp.py", "--plain", *SHORT, "--lr", "0.5", "--output-dir", folder, expect=2)
+    assert "another process is writing" in refused.stderr
+    assert (folder / "args.json").read_text() == before
+    process.kill()
+    process.wait()
+
+
+def test_stages_that_were_trained_with_other_settings_are_refused(tmp_path):
+    args = stpp.parse_args(["--plain", "--output-dir", str(tmp_path)])
+    stage = {**vars(args), "stage": 1, "output_dir": str(tmp_path / "stage-1"), "run": str(tmp_path)}
+    args.run = str(tmp_path)
+    (tmp_path / "stage-1").mkdir()
+    for changes, agrees in (({"log_interval": 7}, True), ({"lr": 0.5}, False)):
+        checkpoint.write({"args": {**stage, **changes}, "versions": {}}, tmp_path / "stage-1" / "args.json")
+        if agrees:
+            stpp.check_stages(args)
+        else:
+            with pytest.raises(InputError, match=r"stage-1 was trained with lr=0\.5, unlike the run"):
+                stpp.check_stages(args)
+
+
+@pytest.mark.parametrize(("flags", "unlabelled", "needed"), [(["--plain"], 0, 1), ([], 1, 2)])
+def test_too_few_unlabelled_images_are_refused_before_the_first_stage(flags: list, unlabelled: int, needed: int):
+    data = datasets.load(settings())
+    few = replace(data, unlabelled=data.unlabelled[:unlabelled])
+    args = stpp.parse_args(flags)
+    with pytest.raises(InputError, match=f"re-training needs at least {needed} unlabelled"):
+        stpp.check_unlabelled(args, few)
+    stpp.check_unlabelled(args, replace(data, unlabelled=data.unlabelled[:needed]))
 
 
 def test_random_selection_takes_a_shuffled_half(tmp_path):
