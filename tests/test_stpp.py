@@ -239,7 +239,8 @@ def test_a_start_that_failed_leaves_no_settings_behind(tmp_path):
 def test_a_refused_second_start_leaves_the_first_run_as_it_is(tmp_path):
     """Found wrong once: the second start put its settings into args.json, and --resume trained later stages with them."""
     folder = tmp_path / "run"
-    process = start("stpp.py", "--plain", *SHORT, "--max-iters", "100000", "--log-interval", "1000", "--output-dir", folder)
+    silent = [word for name in ("max-iters", "eval-iters", "log-interval", "save-interval") for word in (f"--{name}", "10000")]
+    process = start("stpp.py", "--plain", *SHORT, *silent, "--output-dir", folder)  # nothing in its folder yet
     wait_for(process, "run folder")
     before = (folder / "args.json").read_text()
     refused = run("stpp.py", "--plain", *SHORT, "--lr", "0.5", "--output-dir", folder, expect=2)
