@@ -27,6 +27,20 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 from common import runtime  # noqa: E402
 
+# The tests run side by side, a process a core: more threads would only wait for each other. Scripts that a test starts
+# inherit the variable.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs a GPU where there is none, unless `-m` asks for it: then it is listed, and skipped."""
+    if NATIVE or config.option.markexpr:
+        return
+    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=needs_gpu)
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
 
 @contextmanager
 def never_waiting():
