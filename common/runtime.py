@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from common import InputError
+from common.rendezvous import fresh_store
 
 
 class Stopped(Exception):
@@ -270,7 +272,7 @@ def start(args: argparse.Namespace) -> Runtime:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        meet(args, device, rank, world)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -291,6 +293,19 @@ def start(args: argparse.Namespace) -> Runtime:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, note)
     return rt
+
+
+def meet(args: argparse.Namespace, device: torch.device, rank: int, world: int) -> None:
+    """Join the other processes; where torchrun has started them anew, all of them resume.
+
+    On several machines only the one with the failure has a TORCHELASTIC_RESTART_COUNT above 0.
+    """
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=fresh_store(rank, world), rank=rank, world_size=world)
+    restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=device)
+    dist.all_reduce(restarts, dist.ReduceOp.MAX)
+    if restarts.item() > 0 and (Path(args.output_dir) / "args.json").is_file():
+        args.resume = True
 
 
 def end_workers() -> None:

@@ -353,8 +353,15 @@ def test_cps_trains_on_voc(voc_tree, tmp_path, capsys, monkeypatch):
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
-def test_two_processes_under_torchrun_train_save_and_resume(tmp_path):
-    run(*TORCHRUN, "cps.py", *SHORT, "--output-dir", tmp_path / "whole")
+@pytest.fixture(scope="module")
+def finished_by_two(tmp_path_factory) -> Path:
+    """An uninterrupted short CPS run of two processes."""
+    folder = tmp_path_factory.mktemp("runs") / "two"
+    run(*TORCHRUN, "cps.py", *SHORT, "--output-dir", folder)
+    return folder
+
+
+def test_two_processes_under_torchrun_train_save_and_resume(finished_by_two, tmp_path):
     process = start(*TORCHRUN, "cps.py", *SHORT, "--output-dir", tmp_path / "killed")
     wait_for(process, "iter      8/12")
     os.killpg(process.pid, signal.SIGKILL)
@@ -362,10 +369,24 @@ def test_two_processes_under_torchrun_train_save_and_resume(tmp_path):
     time.sleep(1)
     result = run(*TORCHRUN, "cps.py", *SHORT, "--resume", tmp_path / "killed")
     assert result.stdout.count("miou_last=") == 1
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
-    assert len(torch.load(tmp_path / "whole" / "last.pt", weights_only=True)["rng"]) == 2
-    result = run("cps.py", "--resume", tmp_path / "whole", expect=2)
+    assert same(weights(finished_by_two), weights(tmp_path / "killed"))
+    assert len(torch.load(finished_by_two / "last.pt", weights_only=True)["rng"]) == 2
+    result = run("cps.py", "--resume", finished_by_two, expect=2)
     assert "was started with 2 processes, not 1" in result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for torchrun's processes")
+def test_torchrun_goes_on_when_one_process_is_killed(finished_by_two, tmp_path):
+    """The new processes may not call the address that the dead one has left in torchrun's store."""
+    command = (*TORCHRUN, "--max-restarts", "1", "cps.py", *SHORT)
+    process = start(*command, "--output-dir", tmp_path / "run")
+    wait_for(process, "iter      8/12")
+    *_, last = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(last), signal.SIGKILL)
+    rest = process.stdout.read()
+    assert process.wait() == 0, rest
+    assert "resumed at iteration 6" in rest
+    assert same(weights(finished_by_two), weights(tmp_path / "run"))
 
 
 def test_sigterm_to_torchrun_with_loader_workers_saves(tmp_path):
