@@ -180,7 +180,6 @@ def keep_checkpoint(network: nn.Module, done: int, args: argparse.Namespace, dat
     for j in range(1, CHECKPOINTS + 1):
         if done == math.ceil(j * total / CHECKPOINTS):
             networks = {"model": runtime.unwrap(network)}
-            rt.average_buffers(networks)
             if rt.is_main:
                 checkpoint.write(checkpoint.header(done, args, networks), stage_folder(args, 1) / f"checkpoint-{j}.pt")
 

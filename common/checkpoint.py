@@ -93,7 +93,6 @@ def save(
 ) -> None:
     """Write the whole state after `iteration` iterations; collective across processes, written by the first."""
     rt.settle()
-    rt.average_buffers(networks)
     rng = [random_state()]
     if rt.world > 1:
         rng = [None] * rt.world

@@ -130,7 +130,6 @@ def evaluate(
         Stopped: a signal arrived; the checkpoint before the evaluation is the one to resume from.
     """
     modes = {name: network.training for name, network in networks.items()}
-    rt.average_buffers(networks)
     names = [*networks, *(["average"] if average else [])]
     matrices = torch.zeros(len(names), num_classes, num_classes, dtype=torch.int64, device=rt.device)
     for network in networks.values():

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common import InputError
+from common import InputError, sync_batch_norm
 from common.rendezvous import fresh_store
 
 
@@ -90,11 +90,11 @@ class Runtime:
     # ------------------------------------------------------------------------------------------------------- networks
 
     def place(self, network: nn.Module) -> nn.Module:
-        """Move to the device: channels_last on CUDA, SyncBatchNorm across CUDA processes. Before building the optimiser."""
+        """Move to the device: channels_last on CUDA, BatchNorm over all processes. Before building the optimiser."""
+        if self.world > 1:
+            network = sync_batch_norm.convert(network)
         if self.device.type == "cuda":
             network = network.to(memory_format=torch.channels_last)
-            if self.world > 1:
-                network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         return network.to(self.device)
 
     def wrap(self, network: nn.Module) -> nn.Module:
@@ -169,16 +169,6 @@ class Runtime:
             parts = [None] * self.world
             dist.all_gather_object(parts, mine)
         return {key: value for part in parts for key, value in part.items()}
-
-    def average_buffers(self, networks: dict[str, nn.Module]) -> None:
-        """Average BatchNorm statistics over processes, before evaluating or saving (SyncBatchNorm keeps them equal)."""
-        if self.world == 1:
-            return
-        for module in (module for network in networks.values() for module in network.modules()):
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                for buffer in (module.running_mean, module.running_var):
-                    dist.all_reduce(buffer)
-                    buffer /= self.world
 
     # --------------------------------------------------------------------------------------------------------- safety
 
