@@ -92,6 +92,19 @@ def test_anchors_positives_and_negatives_are_the_definition(flags):
         assert expected[2].any() and not expected[2].view(6, 4, 25)[:, :2].any()
 
 
+def test_the_weight_of_the_contrast_is_what_was_published_in_one_process(capsys):
+    """The release's 1, divided by its processes once more: 4 on VOC, 8 on Cityscapes."""
+    published = {"voc": 1 / 4, "folder": 1 / 4, "cityscapes": 1 / 8, "shapes": 1, "camvid": 1}
+    for data, weight in published.items():
+        flags = ["--data", data, "--weights", "none"]
+        assert u2pl.parse_args(flags).contrast_weight == weight
+        assert u2pl.parse_args([*flags, "--contrast-weight", "0.1"]).contrast_weight == 0.1
+    with pytest.raises(SystemExit):
+        u2pl.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "voc and folder 0.25, cityscapes 0.125, else 1; the paper: 0.1" in text
+
+
 def test_the_contrast_is_the_definition(rt, monkeypatch):
     """Random draws are noted; loops over classes, anchors and negatives give the same loss and gradient."""
     args, inputs = u2pl.parse_args([]), example()
