@@ -96,6 +96,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     weights = "default: voc and folder 0.25, cityscapes 0.125, else 1; the paper: 0.1"
     add("--contrast-weight", type=float, metavar="λ", help=f"of the contrastive loss ({weights})")
     add("--no-contrast", dest="contrast", action="store_false", help="leave the contrastive loss out (Table 6)")
+    anchors = "unlabelled anchors: the lowest H, or in the paper all with H < γ (default: released)"
+    add("--anchors", choices=["released", "paper"], default="released", help=anchors)
     kinds = ["unreliable", "reliable", "all"]
     add("--negatives", choices=kinds, default=kinds[0], help="unlabelled pixels to take (Table 4; default: unreliable)")
     add("--negatives-as-released", action="store_true", help="only pixels with pseudo-label c are negatives of class c")
@@ -245,34 +247,44 @@ def nearest(maps: Tensor, size: tuple[int, int]) -> Tensor:
 def pixel_roles(
     logits_t: Tensor, target_l: Tensor, label_u: Tensor, entropy: Tensor, percentiles: Tensor, args: argparse.Namespace
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Step 4: what each of the P = 2N·h·w pixels (picture, row, column) is to each class.
+    """Step 4: what each of the P = 2N·h·w pixels (image, row, column) is to each class c.
 
     Args:
-        logits_t: (2N,C,h,w) of the teacher, labelled pictures first.
-        target_l, label_u, entropy: (N,H,W) labels; pseudo-labels and H of the unlabelled pictures.
+        logits_t: (2N,C,h,w) of the teacher, labelled images first.
+        target_l, label_u, entropy: (N,H,W) labels; pseudo-labels and H of the unlabelled images.
         percentiles: (2,) of `entropy_percentiles`.
-        args: `negatives`, `negatives_as_released`, `prt`, `low_rank`, `high_rank`.
+        args: `anchors`, `negatives`, `negatives_as_released`, `prt`, `low_rank`, `high_rank`.
 
     Returns:
-        (C,P) bool each: makes up the positive; may be an anchor; is a negative.
+        (C,P) bool each: is part of the positive of c; may be an anchor of c; is a negative of c.
     """
     n, size, (low, gamma) = len(target_l), logits_t.shape[2:], percentiles
-    label, entropy = torch.cat([nearest(target_l, size), nearest(label_u, size)]), nearest(entropy, size)
-    own = label[:, None] == torch.arange(logits_t.shape[1], device=label.device)[:, None, None]  # (2N,C,h,w)
-    valid = label != IGNORE
-    trusted = torch.cat([valid[:n], valid[n:] & (entropy <= low)])
-    members = own & trusted[:, None]
-    candidates = members & (logits_t.float().softmax(1) > SURE)
+    label = torch.cat([nearest(target_l, size), nearest(label_u, size)])  # (2N,h,w)
+    classes = torch.arange(logits_t.shape[1], device=label.device)[:, None, None]
+    is_label = label[:, None] == classes  # (2N,C,h,w)
+    valid_l, valid_u = (label != IGNORE).split(n)
+    entropy = nearest(entropy, size)  # (N,h,w), of the unlabelled images
 
-    unreliable = {"unreliable": entropy >= gamma, "reliable": entropy < gamma, "all": valid[n:]}[args.negatives]
-    source = torch.cat([valid[:n], valid[n:] & unreliable])
-    others = ~own
+    # A_c: label c and p'(c) > δ_p; labelled, or unlabelled and certain
+    certain_u = entropy < gamma if args.anchors == "paper" else entropy <= low
+    certain = torch.cat([valid_l, valid_u & certain_u])[:, None]
+    positive = is_label & certain
+    anchor = positive & (logits_t.float().softmax(1) > SURE)
+    if args.anchors == "paper":  # the positive is the mean over A_c
+        positive = anchor
+
+    # N_c: labelled [y != c]·[O(c) < r_l], unlabelled [H >= γ]·[r_l <= O(c) < r_h]
+    unlikely_l, unlikely_u = (~is_label).split(n)
     if args.prt:
-        rank = logits_t.argsort(1, descending=True).argsort(1)  # O(c), (2N,C,h,w)
-        others = torch.cat([others[:n] & (rank < args.low_rank)[:n], ((rank >= args.low_rank) & (rank < args.high_rank))[n:]])
+        rank_l, rank_u = logits_t.argsort(1, descending=True).argsort(1).split(n)  # O(c)
+        unlikely_l = unlikely_l & (rank_l < args.low_rank)
+        unlikely_u = (args.low_rank <= rank_u) & (rank_u < args.high_rank)
+    kinds_u = {"unreliable": entropy >= gamma, "reliable": entropy < gamma, "all": valid_u}
+    source_l, source_u = valid_l[:, None], (valid_u & kinds_u[args.negatives])[:, None]
+    negative = torch.cat([unlikely_l & source_l, unlikely_u & source_u])
     if args.negatives_as_released:
-        others = others & own  # of labelled pixels with y != c none is left
-    return tuple(role.transpose(0, 1).flatten(1) for role in (members, candidates, others & source[:, None]))
+        negative = negative & is_label  # of labelled pixels with y != c none is left
+    return tuple(role.transpose(0, 1).flatten(1) for role in (positive, anchor, negative))
 
 
 def random_below(limits: Tensor, count: int) -> Tensor:
@@ -374,9 +386,13 @@ def train_step(
         with torch.no_grad():
             logits_t, features_t, _ = use_batch_statistics(teacher)(images, return_features=True)
     loss_sup = supervised_loss(logits, auxiliary, target_l, args, rt)
+    # α_e = α_0·(1 - iteration/total), percent
     alpha = args.alpha0 * (1 - iteration / total) if args.dpa else args.alpha0
+    # H(p') = -sum over c of p'(c)·log p'(c), nats, of every unlabelled pixel
     entropy = pseudo_label(logits_t[n:], size, with_entropy=True, impl=args.kernels).entropy
+    # the α_e-th percentile of H, and γ, its (100-α_e)-th
     percentiles = entropy_percentiles(entropy, label_u, alpha, rt, args.kernels)
+    # L_u, on the pixels with H < γ
     loss_unsup, kept = unsup_loss(logits[n:], label_u, entropy, percentiles[1], rt, args.kernels)
 
     # 4. Contrast.
@@ -389,7 +405,9 @@ def train_step(
     # 5. Gradient and step of the student; then the average.
     loss = loss_sup + loss_unsup + args.contrast_weight * loss_contrast
     rt.step(loss, optimizer)
-    ema_update(teacher, student, min(1 - 1 / (iteration - warm_up + 1), args.ema_decay))
+    # m = min(1 - 1/t, 0.99), t = 1 in the first iteration after the warm-up
+    t = iteration - warm_up + 1
+    ema_update(teacher, student, min(1 - 1 / t, args.ema_decay))
     return {"loss": loss, **dict(zip(MEASURES, (loss_sup, loss_unsup, loss_contrast, kept, anchors, fill)))}
 
 

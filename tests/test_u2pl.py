@@ -52,10 +52,11 @@ def roles_by_loops(inputs: dict, args) -> torch.Tensor:
                 probs = logits[i, :, y, x].softmax(0).tolist()
                 if label == 255:
                     continue
+                certain = entropy < high if args.anchors == "paper" else entropy <= low
                 for c in range(classes):
                     rank = sum(p > probs[c] for p in probs)
-                    if label == c and entropy <= low:
-                        roles[0, c, i, y, x] = True
+                    if label == c and certain:
+                        roles[0, c, i, y, x] = args.anchors == "released" or probs[c] > 0.3
                         roles[1, c, i, y, x] = probs[c] > 0.3
                     if i < n:
                         negative = label != c and (rank < args.low_rank or not args.prt)
@@ -77,6 +78,7 @@ def roles_by_loops(inputs: dict, args) -> torch.Tensor:
         ("--no-prt",),
         ("--negatives-as-released", "--low-rank", "1"),
         ("--low-rank", "6"),
+        ("--anchors", "paper"),
     ],
     ids=" ".join,
 )
@@ -90,6 +92,35 @@ def test_anchors_positives_and_negatives_are_the_definition(flags):
         assert expected[2].any() and not expected[2].view(6, 4, 25)[:, 2:].any()
     if "--negatives-as-released" in flags:
         assert expected[2].any() and not expected[2].view(6, 4, 25)[:, :2].any()
+
+
+@pytest.mark.parametrize(
+    ("anchors", "expected_positive", "expected_anchor"),
+    [
+        ("released", [[1, 2], [0]], [[1], [0]]),
+        ("paper", [[1], [0, 1]], [[1], [0, 1]]),
+    ],
+)
+def test_anchors_of_class_0_in_an_example_of_2x2(anchors, expected_positive, expected_anchor):
+    """The pixels are numbered 0 1 / 2 3; first those of the labelled image, then of the unlabelled.
+
+    Labelled: 0 is of class 1; 1 and 2 of class 0, of which the teacher is sure only at 1; 3 is ignored.
+    Unlabelled: all but the last are pseudo-labelled 0. The thresholds of H are 0.2 and 0.8: pixel 0
+    has low H, 1 and 2 are reliable, but at 2 p'(0) is below δ_p = 0.3; 3 is unreliable.
+    """
+    sure, unsure = [0.9, 0.06, 0.04], [0.25, 0.5, 0.25]
+    probs = torch.tensor([[unsure, sure, unsure, sure], [sure, sure, unsure, unsure]])
+    percentiles = torch.tensor([0.2, 0.8])
+    positive, anchor, _ = u2pl.pixel_roles(
+        logits_t=probs.log().transpose(1, 2).reshape(2, 3, 2, 2),
+        target_l=torch.tensor([[[1, 0], [0, 255]]], dtype=torch.uint8),
+        label_u=torch.tensor([[[0, 0], [0, 1]]], dtype=torch.uint8),
+        entropy=torch.tensor([[[0.1, 0.5], [0.7, 0.9]]]),
+        percentiles=percentiles,
+        args=u2pl.parse_args(["--anchors", anchors]),
+    )
+    for found, expected in ((positive, expected_positive), (anchor, expected_anchor)):
+        assert [image.nonzero().flatten().tolist() for image in found[0].view(2, 4)] == expected
 
 
 def test_the_weight_of_the_contrast_is_what_was_published_in_one_process(capsys):
