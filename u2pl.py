@@ -11,8 +11,8 @@ classes, in memory banks that a contrastive loss draws from. The teacher is a mo
        L_u = (pixels / reliable pixels) · mean over reliable pixels of CE(p_u, ŷ_u)                            [section 3.2]
 4. At the head's resolution, for each class c in the batch; O(c) is c's rank in the teacher's probabilities p':  [section 3.3]
        anchors a:    student's features where the label is c and p'(c) > δ_p, of labelled pixels and of unlabelled ones with
-                     H up to its α_e-th percentile
-       positive a+:  mean of the teacher's features over such pixels with label c, whatever p'(c)
+                     H up to its α_e-th percentile (--anchors paper: with H < γ)
+       positive a+:  mean of the teacher's features over such pixels with label c, whatever p'(c) (paper: p'(c) > δ_p, too)
        negatives a-: teacher's features of labelled pixels with y != c and O(c) < r_l, and of unreliable unlabelled pixels
                      with r_l <= O(c) < r_h (probability rank threshold, PRT); they enter the bank of c, first in first out
        L_c = mean over classes and anchors of -log( e^(a·a+/τ) / (e^(a·a+/τ) + sum of 50 e^(a·a-/τ)) ), cosine similarities
@@ -27,16 +27,42 @@ classes, in memory banks that a contrastive loss draws from. The teacher is a mo
 
 Logged: `kept`, the share of unlabelled pixels in L_u; `anchors`, the share of all pixels that qualify; `fill` of the bank.
 
-Differences from the paper and the released code:
-1. The release asks that a negative's own label be c, so labelled pixels give none: --negatives-as-released.
-2. As released and not as in the paper: λ_c is 1 (0.1), unlabelled anchors have the lowest H (any reliable one), and p'(c) does
-   not matter for the positive. Without PRT, every class but the label may be a negative.
-3. The bank keeps 30 000 keys of every class (release: 50 000 of class 0), on the device; a random 1024 new ones a class, step
-   and process enter, so that shapes are fixed. Percentiles, positives and the classes present are those of all processes.
-4. The release pairs the i-th class present with the bank of class i, lets teacher and student be one network in the first
-   epoch after the warm-up, and does not save the bank. Here classes match, the teacher is a copy, and --resume is exact.
-5. α_e falls with the iteration, not the epoch. The teacher drops no features; in step 3 its BatchNorm uses the batch. The
-   network is this project's. Padding counts nowhere; the release labels it class 0.
+Differences from the paper and from the released code:
+1. Negatives. The release asks that the label of a negative of class c be c itself. Then a labelled
+   pixel is never a negative, and an unlabelled one only where the teacher, seeing the mixed image,
+   ranks its own pseudo-label at r_l or below. Here the paper's rule above is the default;
+   --negatives-as-released is the release's.
+2. Anchors. In the paper every reliable unlabelled pixel (H < γ) may be an anchor, and the positive
+   is the mean over the pixels that may be anchors: --anchors paper. In the release unlabelled
+   anchors are among the α_e percent with the lowest H, and the positive's mean does not ask for
+   p'(c) > δ_p: --anchors released, the default.
+3. Weight. λ_c is 0.1 in the paper and 1 in the release, which also divides the contrast by the
+   number of processes, although DDP averages its gradient as it does that of L_s and L_u. In one
+   process the contrast has therefore the weight 1/4 on VOC (4 GPUs) and 1/8 on Cityscapes (8 GPUs).
+   These are the defaults of --contrast-weight.
+4. Three faults of the release are not repeated. (a) Where n classes are present, it pairs anchors
+   and positive of class i = 0, ..., n-1 with the bank of the i-th class present; classes from n on
+   have no anchors. (b) It writes the one-hot labels of all images of a process into those of the
+   first; in the contrast the other images have no label. (c) In the first epoch after the warm-up
+   it gives the teacher the student's parameters again before every iteration.
+5. Bank. It keeps 30 000 keys of every class (release: 50 000 of class 0), in float16, on the device,
+   and is saved, so that --resume is exact. Of the new keys of a class, step and process, a random
+   1024 enter, so that shapes are fixed (release: all of them).
+6. Processes. Percentiles, positives and the classes present are those of all processes; in the
+   release each process has its own.
+7. Schedule. α_e falls with the iteration, in the release with the epoch. CutMix rounds boxes to
+   whole pixels; the release draws whole numbers.
+8. Teacher. It drops no features; the release's does in step 3. In the warm-up it is a copy of the
+   student. In the release it is then a network of its own, which gets the student's parameters
+   after the warm-up but keeps its own BatchNorm statistics.
+9. Network. It is this project's DeepLabv3+ (--backbone resnet101 is what U2PL's tables have). The
+   release's ResNet-101 has a stem of three 3x3 convolutions and dilations 4, 8, 16 in its last three
+   blocks. Its low-level features keep 256 channels (here 48), a 3x3 convolution projects ASPP (here
+   1x1), and there are five Dropout2d(0.1) (here one of 0.5): after that projection and after the two
+   3x3 convolutions of each head. The feature head reads 512 channels (here 304).
+10. Images. Padding counts nowhere. The release labels it class 0, in training and where it
+   validates centre crops (VOC: of 513 pixels, larger than any image), and on unlabelled images it
+   counts in L_u and in the percentiles. Images are antialiased when scaled down; the release's not.
 
     python u2pl.py                                              # built-in data, a CPU, about 3 minutes
     python u2pl.py --data voc --data-dir VOCdevkit --split u2pl-1/8 --amp bf16
