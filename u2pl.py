@@ -29,9 +29,8 @@ Logged: `kept`, the share of unlabelled pixels in L_u; `anchors`, the share of a
 
 Differences from the paper and from the released code:
 1. Negatives. The release asks that the label of a negative of class c be c itself. Then a labelled
-   pixel is never a negative, and an unlabelled one only where the teacher, seeing the mixed image,
-   ranks its own pseudo-label at r_l or below. Here the paper's rule above is the default;
-   --negatives-as-released is the release's.
+   pixel is never a negative, and an unlabelled one only where r_l <= O(c) < r_h holds for its own
+   pseudo-label c. --negatives-as-released does the same; the default is the paper's rule, above.
 2. Anchors. In the paper every reliable unlabelled pixel (H < γ) may be an anchor, and the positive
    is the mean over the pixels that may be anchors: --anchors paper. In the release unlabelled
    anchors are among the α_e percent with the lowest H, and the positive's mean does not ask for
