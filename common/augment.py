@@ -115,6 +115,9 @@ class WeakAugment:
 def cut(picture: Image.Image | Tensor, window: Window, mode: str) -> Tensor:
     """The window of a picture, resized and flipped.
 
+    Scaling down antialiases, like PIL's bilinear, which the released ST++ uses. OpenCV's, which the
+    released CPS and CutMix-Seg use, does not.
+
     Args:
         picture: RGB or grey, of PIL, or pixels (H,W,3) uint8.
         window: what to cut.
@@ -173,19 +176,33 @@ def _photometric(jitter: tuple[float, float, float, float], blur: bool) -> v2.Tr
 
 
 def colour_jitter(pixels: Tensor) -> Tensor:
-    """CutMix-Seg's: brightness, contrast, saturation 0.4, hue 0.1 (chance 0.8); grey (0.2)."""
+    """Brightness, contrast, saturation 0.4, hue 0.1 (chance 0.8); grey (0.2).
+
+    Source: the released CutMix-Seg with its follow-up paper, arXiv:2110.04487.
+    """
     return _photometric((0.4, 0.4, 0.4, 0.1), False)(pixels.permute(2, 0, 1)).permute(1, 2, 0)
 
 
 def colour_jitter_and_blur(pixels: Tensor) -> Tensor:
-    """ST's: brightness, contrast, saturation 0.5, hue 0.25 (chance 0.8); grey (0.2); blur with σ from U(0.1, 2) (0.5)."""
+    """ST's: brightness, contrast, saturation 0.5, hue 0.25 (chance 0.8); grey (0.2); blur (0.5).
+
+    The blur's σ is drawn from U(0.1, 2). Source: the released ST++, with another blur filter (see
+    the differences in stpp.py).
+    """
     return _photometric((0.5, 0.5, 0.5, 0.25), True)(pixels.permute(2, 0, 1)).permute(1, 2, 0)
 
 
 def cutout(pixels: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """ST's Cutout, with chance 0.5: a box of random pixels, ignored in the target.
 
-    Its area is U(0.02, 0.4) of the picture, its aspect ratio U(0.3, 1/0.3); a box that does not fit is drawn again.
+    Area, aspect ratio and corner are drawn together and rejected together until the box lies inside
+    the image. A large box seldom fits at a uniform corner, so small ones prevail: the mean area of
+    a box is 0.14 of a square image, not the 0.21 of U(0.02, 0.4).
+
+        area ~ U(0.02, 0.4) · H·W,   aspect = rows / columns ~ U(0.3, 1/0.3),
+        corner uniform over the pixels
+
+    Source: the released ST++.
 
     Args:
         pixels: (H,W,3) uint8.
@@ -199,12 +216,13 @@ def cutout(pixels: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         return pixels, target
     while True:
         area, aspect = uniform(0.02, 0.4) * height * width, uniform(0.3, 1 / 0.3)
-        rows, columns = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-        if 0 < rows <= height and 0 < columns <= width:
+        rows, columns = int((area * aspect) ** 0.5), int((area / aspect) ** 0.5)
+        top, left = int(torch.randint(height, ())), int(torch.randint(width, ()))
+        if top + rows <= height and left + columns <= width:
             break
-    top, left = (int(torch.randint(whole - part + 1, ())) for whole, part in ((height, rows), (width, columns)))
     pixels, target = pixels.clone(), target.clone()
-    noise = torch.randint(0, 256, (rows, columns, 3), dtype=torch.uint8)
+    # Values 0 to 254: the release draws U(0, 255) and drops the fraction.
+    noise = torch.randint(0, 255, (rows, columns, 3), dtype=torch.uint8)
     pixels[top : top + rows, left : left + columns] = noise
     target[top : top + rows, left : left + columns] = IGNORE
     return pixels, target
