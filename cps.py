@@ -1,18 +1,22 @@
-"""CPS: Cross Pseudo Supervision (Chen, Yuan, Zeng, Wang; CVPR 2021, arXiv:2106.01226), with CutMix by default.
+"""CPS: Cross Pseudo Supervision, with CutMix by default.
 
-Two networks, alike but for their initialisation, teach each other: the hard labels of one are the targets of the other.
+Chen, Yuan, Zeng, Wang; CVPR 2021, arXiv:2106.01226. Two networks, alike but for their
+initialisation, teach each other: the hard labels of one are the targets of the other.
 
-1. Take labelled pictures x_l and two independent unlabelled batches u0, u1.
-2. Supervise both networks:   L_s = CE(f1(x_l), y) + CE(f2(x_l), y)                                       [section 3]
-       (cityscapes: on the hard pixels, OHEM)
-3. Draw a mask m a picture: three boxes, each a quarter to half of the picture before scaling by 1/3, XOR-ed.
-4. Each network labels the unmixed pictures; the labels are mixed like the pictures:
-       x_m = m·u1 + (1-m)·u0,   ŷ_k = m·argmax f_k(u1) + (1-m)·argmax f_k(u0)        (no gradient)
-5. Cross supervision:         L_cps = CE(f1(x_m), ŷ2) + CE(f2(x_m), ŷ1)                                    [section 3]
-       --no-cutmix: on the labelled and the unlabelled pictures, with labels from the same forward pass
-       --soft (CPC): mean over pixels of |p1 - p2|², each network in turn the fixed target                [section 4]
-6. L = L_s + λ·L_cps                                                                                      [section 3]
-7. SGD step for both. Network 1 is the result; network 2 and the mean of their probabilities are reported beside it.
+1. Take labelled images x_l and two independent unlabelled batches u0, u1.
+2. Supervise both networks (cityscapes: on the hard pixels, OHEM):                       [section 3]
+       L_s = CE(f1(x_l), y) + CE(f2(x_l), y)
+3. Draw a mask m for each image: three boxes, XOR-ed. The area of a box is a third of a number
+   between a quarter and half of the image's.
+4. Each network labels the unmixed images, without gradient; labels are mixed like images:
+       x_m = m·u1 + (1-m)·u0,   ŷ_k = m·argmax f_k(u1) + (1-m)·argmax f_k(u0)
+5. Cross supervision:                                                                    [section 3]
+       L_cps = CE(f1(x_m), ŷ2) + CE(f2(x_m), ŷ1)
+       --no-cutmix: on the labelled and the unlabelled images, with labels from the same pass
+       --soft (CPC): mean over pixels of |p1 - p2|², each network in turn the fixed target
+6. L = L_s + λ·L_cps                                                                     [section 3]
+7. SGD step for both. Network 1 is the result; network 2 and the mean of their probabilities are
+   reported beside it.
 
 | symbol | variable           | symbol | variable   | symbol | variable           |
 |--------|--------------------|--------|------------|--------|--------------------|
@@ -20,16 +24,35 @@ Two networks, alike but for their initialisation, teach each other: the hard lab
 | f1, f2 | f1, f2             | x_m    | images_m   | ŷ1, ŷ2 | pseudo_1, pseudo_2 |
 | L_s    | loss_sup           | L_cps  | loss_unsup | λ      | args.cps_weight    |
 
-`overlap` (Fig. 7) is the share of pixels on which the networks agree, among those where either sees an object.
+`overlap` (Fig. 7) is the share of pixels on which the networks agree, among those where either
+sees an object.
 
 Differences from the paper and the released code:
-1. u0 and u1 are independent shuffles. The release shuffles both with one seed: two views of the same pictures.
-2. Padding counts nowhere; the release lets padded pixels into L_cps.
-3. The network is this project's DeepLabv3+ (7x7 stem, dropout 0.5); the release has a deep stem, multi-grid and no dropout.
-4. One process does what the release's 4 or 8 do: lr and weight decay are rescaled (PRESETS), the updates are the same.
-5. Without CutMix, L_cps is one mean over labelled and unlabelled pixels, as released; the paper adds two means.
+1. u0 and u1 are independent shuffles. The release shuffles both with one seed, the same in every
+   epoch: u0 and u1 are two random views of the same images.
+2. Padding counts nowhere and lies at the right and the bottom. In the release it lies on all sides,
+   and padded pixels count in L_cps.
+3. Without CutMix, L_cps is one mean over labelled and unlabelled pixels, as released; the paper
+   adds two means. The release has no CPC; --soft follows the paper.
+4. One process does what 4 (voc) or 8 (cityscapes) do in the release, which divides the gradient by
+   their number once more than an average does. PRESETS rescale learning rate and weight decay
+   accordingly. The updates are then the same where all processes have equally many valid pixels:
+   the release averages the means of its processes, while here every pixel weighs the same.
+5. OHEM compares the pixels of all images of a process. The release does so, too, but has one image
+   on each of its 8 processes: every image keeps its own hardest pixels.
+6. Images of VOC are evaluated whole; the release pads them to 512 pixels. On Cityscapes the
+   probabilities of overlapping windows are added up; the release adds logits. It evaluates the
+   checkpoints of many epochs (20 to 34 on VOC); here the last one is the result.
+7. The network is this project's DeepLabv3+: 7x7 stem, ReLU, dropout 0.5 after ASPP. The release has
+   three 3x3 convolutions as its stem, dilations 2, 4, 8 in the last stage, LeakyReLU in ASPP, no
+   dropout, and starts its head with Kaiming's fan-in rule.
+8. With CutMix, BatchNorm's running statistics see the labelled batch first and the mixed one last.
+   In the release the labelled batch is the last.
+9. Images are antialiased when they are scaled down; the release's are not.
+10. The presets train a ResNet-50, as the released scripts do. The paper's tables list ResNet-101
+    beside it, with higher figures: --backbone resnet101.
 
-    python cps.py                                               # built-in data, a CPU, about 3 minutes
+    python cps.py                                            # built-in data, a CPU, about 3 minutes
     python cps.py --data voc --data-dir VOCdevkit --split 1/8 --amp bf16
 """
 

@@ -1,16 +1,22 @@
-"""Mean Teacher (Tarvainen & Valpola, NeurIPS 2017, arXiv:1703.01780) and, with --cutmix, CutMix-Seg (French et al., BMVC 2020,
-arXiv:1906.01916).
+"""Mean Teacher and, with --cutmix, CutMix-Seg.
 
-The teacher is the exponential moving average of the student. It is never trained; the student learns to predict what the
-teacher predicts from another view of the same picture.
+Mean Teacher: Tarvainen & Valpola, NeurIPS 2017, arXiv:1703.01780. CutMix-Seg: French et al.,
+BMVC 2020, arXiv:1906.01916. The teacher is the exponential moving average of the student. It is
+never trained; the student learns to predict what the teacher predicts from another view of the
+same image.
 
-1. Take labelled pictures x_l and unlabelled ones x_u; with CutMix two independent unlabelled batches u0, u1.
-2. Supervise the student:   L_s = CE(f(x_l), y), Mean Teacher on x_l + η; cityscapes: on the hard pixels (OHEM), as CPS
-3. Mean Teacher: student and teacher see the same crops with different Gaussian noise η, η', labelled and unlabelled alike:
-       L_u = mean over pixels and classes of (p(x + η) - p'(x + η'))²                                     [section 2]
-   CutMix-Seg: the teacher sees u0 and u1 whole, and its probabilities are mixed by one box m of half the picture's area:
+1. Take labelled images x_l and unlabelled ones x_u; with CutMix two independent unlabelled batches
+   u0, u1.
+2. Supervise the student (Mean Teacher: on x_l + η; cityscapes: on the hard pixels, OHEM):
+       L_s = CE(f(x_l), y)
+3. Mean Teacher: student and teacher see the same crops, labelled and unlabelled alike, with
+   different Gaussian noise η, η':
+       L_u = mean over pixels and classes of (p(x + η) - p'(x + η'))²                    [section 2]
+   CutMix-Seg: the teacher sees u0 and u1 whole, and its probabilities are mixed by one box m of
+   half the image's area:
        x_m = m·u1 + (1-m)·u0,   p'_m = m·p'(u1) + (1-m)·p'(u0)
-       L_u = (share of pixels with max p'_m >= 0.97) · mean over pixels of sum_c (p(x_m) - p'_m)²           [section 3]
+       L_u = (share of pixels with max p'_m >= 0.97)
+             · mean over pixels of sum_c (p(x_m) - p'_m)²                                [section 3]
 4. L = L_s + w·L_u;  SGD step for the student.
 5. teacher <- α·teacher + (1-α)·student,   α = min(1 - 1/(t+1), 0.99) at iteration t = 0, 1, ...
 The teacher is the result; the student is reported beside it.
@@ -24,17 +30,28 @@ The teacher is the result; the student is reported beside it.
 `confident` is the share of pixels on which the teacher's highest probability reaches the threshold.
 
 Differences from the papers and the released code:
-1. Mean Teacher has no published segmentation setting; this one is that of the authors of CPS (weight 100 without ramp-up,
-   the same crops, separate forward passes), who add no noise (--noise-std 0), keep α = 0.99 from the start, average before
-   the optimiser's step, and evaluate the student.
-2. BatchNorm: in Mean Teacher the teacher runs in train mode, dropout included, and keeps statistics of its own, as theirs does.
-   In CutMix-Seg its statistics are averages of the student's, like its weights, and it runs in eval mode: what French et al.'s
-   frozen BatchNorm amounts to.
-3. CutMix-Seg is published with Adam and a constant α = 0.99; all methods here use SGD with the poly learning rate, and α as in
-   step 5. The colour jitter that its student alone gets is a flag (--colour-jitter), off by default.
-4. Padding counts nowhere.
+1. Mean Teacher was published for image classification. The setting here is the one that the authors
+   of CPS released for VOC: w = 100 from the start, the same crops for both networks, labelled and
+   unlabelled images in forward passes of their own. They add no noise (--noise-std 0), keep
+   α = 0.99 from the start, average between the labelled and the unlabelled forward pass, before
+   the optimiser's step, and evaluate the student. On Cityscapes w and OHEM are our choice.
+2. In Mean Teacher the teacher runs in train mode and its BatchNorm keeps statistics of its own, as
+   theirs does. Dropout is active with it; their network has none.
+3. In CutMix-Seg the teacher's BatchNorm statistics are averages of the student's, like its weights,
+   and it runs in eval mode. The release averages them, too, but freezes BatchNorm: all of it in
+   DeepLab v2, the backbone's in DeepLab v3+. The rest of its teacher runs in train mode.
+4. CutMix-Seg is released with Adam, a constant learning rate (a tenth of it for pretrained layers),
+   α = 0.99 from the start and, on VOC, batches of 10 crops of 321 pixels. Here it is trained as
+   the other methods are, by SGD with the poly learning rate and the crops of cps.py, with α as in
+   step 5.
+5. --colour-jitter changes what the student sees, and the teacher never. It belongs to the follow-up
+   paper, arXiv:2110.04487, whose settings the released scripts have; it is off by default.
+6. Padding counts nowhere. In the released Mean Teacher it counts in L_u. In the released CutMix-Seg
+   it adds nothing to the distance, but counts in the number of pixels that both means divide by.
+7. The network is this project's DeepLabv3+, and images are antialiased when they are scaled down,
+   which they are in neither release.
 
-    python mean_teacher.py                                      # built-in data, a CPU, about 2 minutes
+    python mean_teacher.py                                   # built-in data, a CPU, about 2 minutes
     python mean_teacher.py --cutmix --data voc --data-dir VOCdevkit --split 1/8 --amp bf16
 """
 

@@ -1,17 +1,25 @@
-"""ST++: self-training with selective re-training (Yang, Zhuo, Qi, Shi, Gao; CVPR 2022, arXiv:2106.05095); --plain is ST.
+"""ST++: self-training with selective re-training; --plain is ST.
 
-1. Train a teacher on the labelled pictures; keep its checkpoints T_1, T_2, T_3 at a third, two thirds and the end of training.
-2. Score each unlabelled picture by how little its prediction still changes:                                       [section 3.3]
-       s_i = sum_{j<3} meanIoU(M_ij, M_i3),   M_ij = argmax T_j(u_i),   classes that occur in either
+Yang, Zhuo, Qi, Shi, Gao; CVPR 2022, arXiv:2106.05095.
+
+1. Train a teacher on the labelled images; keep its checkpoints T_1, T_2, T_3 at a third, two thirds
+   and the end of training.
+2. Score each unlabelled image by how little its prediction still changes:             [section 3.3]
+       s_i = sum_{j<3} meanIoU(M_ij, M_i3),   M_ij = argmax T_j(u_i),   classes in either
    The half with the highest scores is reliable.
-3. Label the reliable pictures with the teacher: argmax of the sum of softmaxes over five scales, each with its mirror image.
-4. Train a new student on the labelled pictures, repeated until they are as many, and the pseudo-labelled ones. The latter
-   are strongly augmented: colour jitter, grey, blur, Cutout (the label is 255 inside).                            [section 3.2]
-5. Label the rest with that student, and train a last network, again from the start, on all pictures. It is the result.
-ST does not select: every unlabelled picture is labelled by the teacher, and the student of step 4 is the result.
+3. Label the reliable images with the teacher: argmax of the sum of softmaxes over five scales, each
+   with its mirror image.
+4. Train a new student on the labelled images, repeated until they are as many, and the
+   pseudo-labelled ones. The latter are strongly augmented: colour jitter, grey, blur, Cutout (the
+   label is 255 inside).                                                               [section 3.2]
+5. Label the rest with that student, and train a last network, again from the start, on all images.
+   It is the result.
+ST does not select: every unlabelled image is labelled by the teacher, and the student of step 4 is
+the result.
 
-Each training is a stage with a run folder of its own, RUN/stage-1, RUN/stage-2; the last one's is RUN itself. Masks go to
-RUN/pseudo_masks/STAGE/ID.png (the stage whose network made them), scores to RUN/reliability.csv.
+Each training is a stage with a run folder of its own, RUN/stage-1, RUN/stage-2; the last one's is
+RUN itself. Masks go to RUN/pseudo_masks/STAGE/ID.png (the stage whose network made them), scores to
+RUN/reliability.csv.
 
 | symbol | variable       | symbol   | variable         | symbol     | variable                    |
 |--------|----------------|----------|------------------|------------|-----------------------------|
@@ -19,12 +27,25 @@ RUN/pseudo_masks/STAGE/ID.png (the stage whose network made them), scores to RUN
 | u_i    | images, items  | reliable | reliable (names) | strong aug | strong (see `load_batches`) |
 
 Differences from the paper and the released code:
-1. The teacher is the last checkpoint. The release takes the best on the validation set, also after step 4: --teacher best.
-2. Padding counts nowhere; scales are drawn as in the release (--scale long:200-800).
-3. The blur is torchvision's (13 pixels) with the σ of the release's PIL blur.
-4. The network is this project's DeepLabv3+, with dropout 0.5 after ASPP; the release has 0.1 in the decoder, too.
+1. The teacher is the last checkpoint. The release takes the best on the validation set, also after
+   step 4: --teacher best.
+2. The score is the paper's sum. The release divides it by two, which ranks alike.
+3. T_1 and T_2 are taken after a third and two thirds of the iterations. The release takes them at
+   the end of an epoch: 26, 53 and 80 of 80 on VOC.
+4. Padded pixels have the label 255, as released, but another colour: here they are 0 after
+   normalisation, the mean colour. In the release they are black, and jitter, blur and Cutout change
+   them like the image.
+5. Test-time augmentation rounds the scaled sizes; the release cuts the fraction off. Here the
+   logits are interpolated to the size of the image before the softmax. The release takes the
+   softmax at the scaled size and interpolates probabilities.
+6. The blur is torchvision's, 13 pixels wide. The release uses PIL's, which approximates a Gaussian
+   by box filters; σ has the same law.
+7. The network is this project's DeepLabv3+, with dropout 0.5 after ASPP; the release has another of
+   0.1 before its classifier.
+8. BatchNorm sees the whole batch of 16. The released command splits it over two GPUs, each of which
+   normalises its 8 images alone.
 
-    python stpp.py                                              # built-in data, a CPU, about 3 minutes
+    python stpp.py                                           # built-in data, a CPU, about 3 minutes
     python stpp.py --plain --data voc --data-dir VOCdevkit --split 1/8 --amp bf16
 """
 

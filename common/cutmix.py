@@ -1,4 +1,6 @@
-"""CutMix masks and mixing (French et al., BMVC 2020, arXiv:1906.01916; CPS, arXiv:2106.01226, section 3.3).
+"""CutMix masks and mixing.
+
+Source: French et al., BMVC 2020, arXiv:1906.01916; CPS, arXiv:2106.01226, section 3.
 
 Boxes are drawn on the CPU for the global batch under (seed, iteration), and each process rasterises its own share: the
 masks do not depend on how many processes there are.
@@ -15,10 +17,11 @@ from common.runtime import Runtime, derive_seed
 def draw_boxes(
     count: int, boxes: int, area: tuple[float, float], size: int, generator: torch.Generator, even_width: bool = False
 ) -> Tensor:
-    """Random boxes inside a square picture.
+    """Random boxes inside a square image.
 
     The total area share a is U(area), the height exp(u ln a) with u ~ U(0,1), the width a / height (a random aspect ratio
-    that fits the picture); with several boxes both sides are scaled by sqrt(1 / boxes).
+    that fits the image); with several boxes both sides are scaled by sqrt(1 / boxes). The corner is
+    uniform over all places at which the box lies inside. Source: the released CutMix-Seg and CPS.
 
     Args:
         count: pictures.

@@ -70,7 +70,10 @@ def image_miou(label_1: Tensor, label_2: Tensor, num_classes: int) -> Tensor:
 
 
 def starts(length: int, window: int) -> list[int]:
-    """Left edges of windows with stride 2/3 of their size that cover `length`, the last one flush with the end."""
+    """Left edges of windows that cover `length`, the last one flush with the end.
+
+    The stride is 2/3 of the window, rounded up. Source: the released CPS.
+    """
     if length <= window:
         return [0]
     stride = math.ceil(window * 2 / 3)
@@ -80,7 +83,7 @@ def starts(length: int, window: int) -> list[int]:
 def probabilities(network: nn.Module, images: Tensor, window: int = 0) -> Tensor:
     """Softmax maps (N,C,H,W) float32 of images (N,3,H,W); with a `window` in pixels, summed over overlapping windows.
 
-    A sum of softmaxes has the same argmax as their average.
+    A sum of softmaxes has the same argmax as their average. The released CPS adds logits instead.
     """
     height, width = images.shape[2:]
     if not window or (height <= window and width <= window):

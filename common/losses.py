@@ -28,9 +28,12 @@ def mean_cross_entropy(logits: Tensor, target: Tensor, rt: Runtime, impl: str = 
 def hard_pixels(logits: Tensor, target: Tensor, threshold: float, min_kept: int, impl: str = "auto") -> Tensor:
     """Online hard example mining: `target` with the easy pixels ignored.
 
-    Kept are the pixels whose true class has a probability of at most `threshold`, and at least the `min_kept` hardest, chosen
-    among this process's pictures: two processes do not keep exactly what one does.
-    Source: Shrivastava et al., arXiv:1604.03540, in the pixel-wise form of the released CPS and U2PL (0.7; 50 000 a picture).
+    Kept are the pixels whose true class has a probability of at most `threshold`, and in any case
+    the `min_kept` times N hardest. These are chosen among all images of this process, so two
+    processes do not keep exactly what one does. If fewer pixels are valid, all stay.
+
+    Source: Shrivastava et al., arXiv:1604.03540, in the pixel-wise form of the released CPS, whose
+    processes have one image each (0.7; 50 000 pixels), and U2PL.
 
     Args:
         logits: (N,C,h,w).
