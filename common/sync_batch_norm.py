@@ -89,12 +89,12 @@ class Normalise(torch.autograd.Function):
         gradient = gradient.contiguous(
             memory_format=torch.channels_last if last else torch.contiguous_format
         )
+        std = (var + ctx.eps).sqrt()
         _, for_weight, for_bias = torch.ops.aten.native_batch_norm_backward(
-            gradient, features, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
+            gradient, features, weight, None, None, mean, 1 / std, True, ctx.eps, [False, True, True]
         )
         sums = torch.stack([for_weight, for_bias])
         dist.all_reduce(sums)
-        std = (var + ctx.eps).sqrt()
         for_features = input_gradient(gradient, features, weight, mean, std, sums, ctx.count)
         return for_features, for_weight, for_bias, None, None, None, None
 

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import NATIVE, never_waiting
 from torch import nn
 
 from common.sync_batch_norm import SyncBatchNorm, convert
@@ -89,6 +91,23 @@ def test_two_processes_normalise_as_one_does(tmp_path: Path):
         for name, buffer in one["buffers"].items():
             assert torch.equal(first["buffers"][name], second["buffers"][name])
             close(first["buffers"][name], buffer, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not NATIVE, reason="no CUDA device")
+def test_on_a_gpu_it_computes_the_same_and_never_waits(tmp_path: Path):
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            images, gradient = (part.cuda() for part in example(torch.float32, layout))
+            theirs = results(small_network().cuda(), images, gradient)
+            ours = results(convert(small_network().cuda()), images, gradient)
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+            norm = convert(nn.Sequential(nn.BatchNorm2d(3))).cuda()
+            with never_waiting():
+                norm(images.requires_grad_()).sum().backward()
+    finally:
+        dist.destroy_process_group()
 
 
 def test_conversion_keeps_names_values_and_mode():
