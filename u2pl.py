@@ -237,7 +237,7 @@ def label_and_mix(teacher: nn.Module, batch: dict, step: int, args: argparse.Nam
     label = pseudo_label(teacher.eval()(images), size, impl=args.kernels).label.masked_fill(~batch["valid_mask"], IGNORE)
     if runtime.derive_seed(args.seed, step, 0xC1) < args.cutmix_prob * 2**63:
         mask = wide_box_masks(len(images), size[0], rt, args.seed, step)  # filled from the next picture of the batch
-        images, label = (mix(mask, x.roll(-1, 0), x) for x in (images, label))
+        images, label = (mix(mask, torch.cat([x[1:], x[:1]]), x) for x in (images, label))
     return images, label
 
 

@@ -123,6 +123,9 @@ class ASPP(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         pooled = self.pooled(features).expand(-1, -1, *features.shape[2:])  # a 1x1 map upsampled is a constant
+        if features.is_contiguous(memory_format=torch.channels_last):
+            # An expanded map has no layout of its own: with it, all that is joined would be laid out anew, as NCHW.
+            pooled = pooled.contiguous(memory_format=torch.channels_last)
         return self.project(torch.cat([*(branch(features) for branch in self.branches), pooled], dim=1))
 
 

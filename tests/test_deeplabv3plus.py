@@ -9,7 +9,7 @@ from torchvision import models
 
 import u2pl
 from common import InputError
-from common.deeplabv3plus import DeepLabV3Plus, ResNetBackbone, parameter_groups
+from common.deeplabv3plus import ASPP, DeepLabV3Plus, ResNetBackbone, parameter_groups
 
 
 def count(module: torch.nn.Module) -> int:
@@ -114,3 +114,34 @@ def test_a_fresh_network_knows_nothing(backbone: str, num_classes: int):
         loss = torch.nn.functional.cross_entropy(head, target).item()
         assert loss == pytest.approx(math.log(num_classes), rel=0.1)
     assert features.std() < 1
+
+
+def test_joined_features_keep_the_layout_of_a_gpu():
+    """With channels_last throughout nothing is laid out anew, and the values are the same."""
+    torch.manual_seed(0)
+    network = DeepLabV3Plus("tiny", 6).eval()
+    images = torch.randn(2, 3, 64, 48)
+    layouts = []
+
+    def note(module, inputs):
+        layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+
+    for joined in (network.aspp.project, network.decoder):  # what these get is a concatenation
+        joined.register_forward_pre_hook(note)
+    with torch.no_grad():
+        network.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
+    assert layouts == [True, True]
+
+
+def test_the_pooled_branch_is_a_constant_in_either_layout():
+    torch.manual_seed(0)
+    aspp = ASPP(8, 4, (1, 2, 3), dropout=0.0).eval()
+    features = torch.randn(2, 8, 5, 7)
+    joined = []
+    aspp.project.register_forward_pre_hook(lambda module, inputs: joined.append(inputs[0]))
+    with torch.no_grad():
+        aspp(features)
+        aspp(features.to(memory_format=torch.channels_last))
+        expected = aspp.pooled(features).expand(-1, -1, 5, 7)
+    assert torch.equal(joined[0][:, 16:], expected)
+    torch.testing.assert_close(joined[1], joined[0])

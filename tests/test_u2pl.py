@@ -557,3 +557,15 @@ def test_a_training_step_never_waits_for_the_gpu(amp):
     with never_waiting():
         for iteration in range(3, 8):  # the warm-up's last; then with CutMix and without
             u2pl.train_step(networks, optimizer, batches, iteration, args, data, rt)
+
+
+def test_images_to_mix_have_the_layout_of_a_gpu(rt, monkeypatch):
+    """There `normalise` gives channels_last; the next images of the batch must not be laid out anew."""
+    networks, batches, args, _ = prepared(rt, "--cutmix-prob", "1")
+    plain = normalise(batches[1]["image"]).contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(u2pl, "normalise", lambda *_: plain)
+    mixed = []
+    monkeypatch.setattr(u2pl, "mix", lambda mask, *parts: mixed.append(parts) or parts[0])
+    images, _ = u2pl.label_and_mix(networks["teacher"], batches[1], 0, args, rt)
+    assert torch.equal(images, plain.roll(-1, 0)) and mixed[0][1] is plain
+    assert all(part.is_contiguous(memory_format=torch.channels_last) for part in mixed[0])
