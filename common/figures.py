@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from common import checkpoint
 from common.augment import normalise
 from common.data import EvalSet
 from common.datasets import DataSource
@@ -145,9 +146,11 @@ def side_by_side(runs: dict[str, Path], path: Path, count: int = 5) -> None:
     from common.predict import load_network
 
     plt = pyplot()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = argparse.Namespace(**checkpoint.read_description(next(iter(runs.values())))["args"])
+    # The runs' device, or the CPU where they come from a machine with a GPU and this one has none.
+    device = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
+    impl = "torch" if settings.kernels == "torch" else "auto"
     networks = {label: load_network(folder, "last", None, device) for label, folder in runs.items()}
-    settings = argparse.Namespace(**next(iter(networks.values()))[1]["args"])
     data = datasets.load(settings)
     samples = some_pictures(data, count)
     figure, axes = plt.subplots(
@@ -156,7 +159,7 @@ def side_by_side(runs: dict[str, Path], path: Path, count: int = 5) -> None:
     for line, sample in zip(axes, samples):
         shown = {"input": sample["image"].numpy(), "target": colourise(sample["target"].numpy(), data.colours)}
         for label, (network, _) in networks.items():
-            labels = predict(network, normalise(sample["image"][None].to(device)), settings.eval_window)[0]
+            labels = predict(network, normalise(sample["image"][None].to(device)), settings.eval_window, impl)[0]
             shown[label] = colourise(labels.cpu().numpy(), data.colours)
         for axis, (label, picture) in zip(line, shown.items()):
             axis.imshow(picture, interpolation="nearest")

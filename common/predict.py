@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     network, description = load_network(args.run, args.checkpoint, args.network, device)
+    impl = "torch" if description["args"]["kernels"] == "torch" else "auto"  # such a machine may have no C compiler
     if not args.images.exists():
         raise InputError(f"no file or folder {args.images}")
     found = pictures(args.images) if args.images.is_dir() else {args.images.stem: args.images}
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
             failed.append(str(error))
             continue
         pixels = torch.from_numpy(np.array(picture))[None]
-        labels = predict(network, normalise(pixels.to(device)), description["args"]["eval_window"])[0].cpu()
+        labels = predict(network, normalise(pixels.to(device)), description["args"]["eval_window"], impl)[0].cpu()
         save_prediction(picture, labels, description["colours"], name, output)
     print(f"{len(found) - len(failed)} pictures predicted: {output}/masks and {output}/overlays")
     if failed:

@@ -52,6 +52,14 @@ def never_waiting():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(request, monkeypatch):
+    """Tests without the mark `gpu` run on the CPU where a GPU is visible, too; so do the scripts that they start."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture
 def rt() -> runtime.Runtime:
     """A single process on the CPU in float32."""

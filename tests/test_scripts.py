@@ -18,7 +18,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cps
-from common import runtime
+from common import figures, predict, runtime
 from common.data import StreamSampler
 
 SHORT = ("--max-iters", "12", "--eval-iters", "6", "--log-interval", "2", "--save-interval", "3", "-b", "2", "--device", "cpu")
@@ -234,6 +234,27 @@ def test_predict_errors(finished, tmp_path):
     ):
         result = run("-m", "common.predict", *arguments, expect=2)
         assert message in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_a_comparison_draws_on_the_device_of_its_runs(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # but the run took --device cpu
+    figures.side_by_side({"CPS": finished}, tmp_path / "page.png", count=1)
+    assert Image.open(tmp_path / "page.png").width > 300
+
+
+def test_a_run_without_triton_predicts_without_it(finished, tmp_path, monkeypatch):
+    """A machine without a C compiler trains with --kernels torch."""
+    shutil.copytree(finished, tmp_path / "run")
+    description = json.loads((tmp_path / "run" / "args.json").read_text())
+    description["args"]["kernels"] = "torch"
+    (tmp_path / "run" / "args.json").write_text(json.dumps(description))
+    write_picture(tmp_path / "one.jpg")
+    given = []
+    monkeypatch.setattr(
+        predict, "predict", lambda *arguments: given.append(arguments) or torch.zeros(1, 48, 64, dtype=torch.uint8)
+    )
+    predict.main([str(tmp_path / "run"), str(tmp_path / "one.jpg"), "--device", "cpu"])
+    assert given[0][-1] == "torch"
 
 
 @pytest.mark.parametrize(
