@@ -76,7 +76,11 @@ def write(content: dict | list[str], path: Path) -> None:
         part.replace(path)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or "the write failed"  # torch.save's own words do not mention the disk
+        # torch.save closes its archive on the way out, which may raise a RuntimeError after the OSError.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise  # not the disk: an error of the GPU, met while a tensor was copied
+        reason = cause.strerror or "the write failed"
         free = shutil.disk_usage(path.parent).free / 1e6
         raise InputError(
             f"cannot write {path}: {reason}, {free:.0f} MB are free there; the file before it is untouched"

@@ -11,8 +11,11 @@ import atexit
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 
 from common import InputError, sync_batch_norm
 from common.rendezvous import fresh_store
+from kernels.interpolation import use_triton
 
 
 class Stopped(Exception):
@@ -261,6 +265,7 @@ def start(args: argparse.Namespace) -> Runtime:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    check_compiler(args, device)
     if world > 1 and not dist.is_initialized():
         meet(args, device, rank, world)
     if args.deterministic:
@@ -272,6 +277,8 @@ def start(args: argparse.Namespace) -> Runtime:
 
     amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    if scaler.is_enabled():  # its scale may be too large at first: it leaves steps out, but the schedule counts iterations
+        warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
     rt = Runtime(device, rank, world, amp, scaler, args.compile, signal=_arrived[-1] if _arrived else None)
 
     def note(number: int, frame) -> None:
@@ -296,6 +303,32 @@ def meet(args: argparse.Namespace, device: torch.device, rank: int, world: int) 
     dist.all_reduce(restarts, dist.ReduceOp.MAX)
     if restarts.item() > 0 and (Path(args.output_dir) / "args.json").is_file():
         args.resume = True
+
+
+def check_compiler(args: argparse.Namespace, device: torch.device) -> None:
+    """Let Triton, where it is going to be used, compile its first file now rather than in the first iteration.
+
+    It compiles a piece of C for the GPU's driver and one for each kernel.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if device.type != "cuda" or not (use_triton(args.kernels, device) or args.compile):
+        return
+    instead = "or give --kernels torch" + (" and leave --compile out" if args.compile else "")
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]  # as triton/runtime/build.py does
+    if not any(map(shutil.which, compilers)):
+        raise InputError(f"Triton needs a C compiler and there is no {' or '.join(compilers)}: install gcc or clang, {instead}")
+    try:
+        import triton
+
+        _ = triton.runtime.driver.active  # made, and so compiled, when it is first asked for
+    except Exception as error:  # of the compiler, a missing library or package: it raises all kinds
+        compiled = isinstance(error, subprocess.CalledProcessError)  # its text is the whole command
+        reason = "the C compiler's error is above" if compiled else str(error).splitlines()[0]
+        raise InputError(
+            f"Triton does not start ({reason}); it needs gcc or clang with Python's headers (python3-dev), {instead}"
+        ) from None
 
 
 def end_workers() -> None:

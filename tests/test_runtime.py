@@ -6,9 +6,12 @@ import errno
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import warnings
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -60,6 +63,37 @@ def test_a_full_disk_leaves_the_old_checkpoint(rt, tmp_path, monkeypatch):
         checkpoint.save(tmp_path / "last.pt", 2, args, networks, states, rt)
     assert checkpoint.read(tmp_path / "last.pt")["iteration"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files there")
+def test_a_write_that_fails_halfway_says_why(rt, tmp_path):
+    """torch.save turns the failure into a RuntimeError that does not mention the disk."""
+    networks, states = small_state()
+    networks["model"] = torch.nn.Linear(200, 200)
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot write .*last\.pt: File too large"):
+            checkpoint.save(tmp_path / "last.pt", 1, argparse.Namespace(seed=0), networks, states, rt)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_the_gpu_is_not_taken_for_one_of_the_disk(rt, tmp_path, monkeypatch):
+    networks, states = small_state()
+
+    def fail(content, file):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        checkpoint.save(tmp_path / "last.pt", 1, argparse.Namespace(seed=0), networks, states, rt)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_wrong_checkpoints_are_named(rt, tmp_path):
@@ -241,6 +275,66 @@ def test_epochs_give_the_papers_iterations():
         assert 39_000 <= cli.Schedule(args, 10582 - labelled, 1).total <= 39_700
     args = cps.parse_args(["--data", "voc", "--split", "183"])
     assert cli.Schedule(args, 10582 - 183, 1).total == 39_000
+
+
+def test_unmarked_tests_see_no_gpu():
+    """Those marked `gpu` alone may use it: a script's default device is the GPU where there is one."""
+    assert cps.parse_args([]).device == "cpu"
+    command = [sys.executable, "-c", "import torch; print(torch.cuda.is_available())"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "refused"),
+    [
+        ([], {"PATH": ""}, "no gcc or clang: install gcc or clang, or give --kernels torch"),
+        ([], {"CC": "nowhere/cc"}, "there is no nowhere/cc: install"),
+        (["--kernels", "torch"], {"PATH": ""}, None),
+        (["--kernels", "torch", "--compile"], {"PATH": ""}, "torch and leave --compile out"),
+    ],
+)
+def test_a_gpu_without_a_c_compiler_is_told_at_the_start(flags, environment, refused, monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    args = cps.parse_args([*flags, "--device", "cpu"])
+    runtime.check_compiler(args, torch.device("cpu"))  # needs none
+    if refused is None:
+        runtime.check_compiler(args, torch.device("cuda"))
+        return
+    with pytest.raises(InputError, match=refused):
+        runtime.check_compiler(args, torch.device("cuda"))
+
+
+def test_a_triton_that_does_not_start_is_told_in_one_line(monkeypatch):
+    """As with a compiler but without Python's headers."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    args = cps.parse_args(["--device", "cpu"])
+    for error, reason in (
+        (RuntimeError("no driver\nand more"), r"\(no driver\)"),
+        (subprocess.CalledProcessError(1, ["gcc", "a very long command"]), r"\(the C compiler's error is above\)"),
+    ):
+        driver = mock.Mock()
+        type(driver).active = mock.PropertyMock(side_effect=error)
+        monkeypatch.setattr(triton.runtime, "driver", driver)
+        with pytest.raises(InputError, match=rf"{reason}.*python3-dev.*--kernels torch$"):
+            runtime.check_compiler(args, torch.device("cuda"))
+
+
+def test_a_first_step_that_fp16_leaves_out_counts_and_does_not_warn(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    args = cps.parse_args(["--device", "cpu", "--amp", "fp16"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rt = runtime.start(args)
+        weight = torch.nn.Parameter(torch.ones(1))
+        optimizer = torch.optim.SGD([weight], lr=1.0)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / 10)
+        rt.step(1e38 * weight.sum(), optimizer)  # times the scale: infinite
+        scheduler.step()
+    assert weight.item() == 1 and scheduler.last_epoch == 1
+    assert scheduler.get_last_lr() == [0.9]
 
 
 # --------------------------------------------------------------------------------------------------------- two processes
