@@ -299,10 +299,10 @@ def meet(args: argparse.Namespace, device: torch.device, rank: int, world: int) 
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=fresh_store(rank, world), rank=rank, world_size=world)
+    begun = (Path(args.output_dir) / "args.json").is_file()  # asked before any process can write it
     restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=device)
     dist.all_reduce(restarts, dist.ReduceOp.MAX)
-    if restarts.item() > 0 and (Path(args.output_dir) / "args.json").is_file():
-        args.resume = True
+    args.resume = args.resume or (begun and restarts.item() > 0)
 
 
 def check_compiler(args: argparse.Namespace, device: torch.device) -> None:
