@@ -142,11 +142,14 @@ def save_gradient(ctx, inputs, output):
     """Keep the gradient that the forward pass made."""
     ctx.save_for_backward(output[1])
     ctx.dtype = inputs[0].dtype
+    ctx.set_materialize_grads(False)  # or autograd makes zeros for the output without gradient
     ctx.mark_non_differentiable(output[1])
 
 
 def scale_gradient(ctx, upstream, _):
     """Chain rule: one number an anchor; nothing for the other inputs. Read once, written once, in the anchors' type."""
+    if upstream is None:
+        return (None,) * 7
     (gradient,) = ctx.saved_tensors
     return torch.mul(upstream[..., None], gradient, out=torch.empty_like(gradient, dtype=ctx.dtype)), *[None] * 6
 

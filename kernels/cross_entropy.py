@@ -24,11 +24,19 @@ import torch
 from torch import Tensor
 
 from kernels.cross_entropy_full import cross_entropy_full_op
-from kernels.cross_entropy_map import check_labels, cross_entropy_map_op, cross_entropy_reference, launch_forward
+from kernels.cross_entropy_map import (
+    check_labels,
+    cross_entropy_map_op,
+    cross_entropy_reference,
+    divide_by_weight,
+    launch_forward,
+    launch_sum,
+)
 from kernels.interpolation import (
     CELL_LANES,
     LN2,
     accumulator,
+    ceil_div,
     cell_axis,
     cell_corners,
     cell_jit,
@@ -40,7 +48,6 @@ from kernels.interpolation import (
     register_limit,
     tl,
     tl_type,
-    triton,
     use_triton,
 )
 
@@ -51,7 +58,7 @@ def cross_entropy_kernel(
     target_ptr,  # (N,H,W) integers
     pixel_weight_ptr,  # (N,H,W) or None
     class_weight_ptr,  # (C,) or None
-    partial_ptr,  # (2,N,programs,2): sums of weight · loss and of weight
+    partial_ptr,  # (2,N,programs,2) float64: sums of weight · loss and of weight
     gradient_ptr,  # (N,C,h,w) in ACC
     first_y_ptr,  # (h+2,)
     weight_y_ptr,  # (H,)
@@ -176,8 +183,9 @@ def cross_entropy_kernel(
                 tl.store(at_top, top, mask=has_top)
                 tl.store(at_bottom, bottom, mask=has_bottom)
     program = (ODD * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(partial_ptr + 2 * program, tl.sum(tl.where(own, loss_sum, 0.0), 0) * LN2)
-    tl.store(partial_ptr + 2 * program + 1, tl.sum(weight_sum, 0))
+    loss_of_program = tl.sum(tl.where(own, loss_sum, 0.0), 0) * LN2
+    tl.store(partial_ptr + 2 * program, loss_of_program.to(tl.float64))
+    tl.store(partial_ptr + 2 * program + 1, tl.sum(weight_sum, 0).to(tl.float64))
 
 
 @on_its_device
@@ -188,27 +196,34 @@ def launch(
     class_weight: Tensor | None,
     ignore_index: int,
     align_corners: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the kernel on the even, then on the odd rows of cells. Arguments and results as in `cross_entropy_reference`."""
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel on the even, then on the odd rows of cells. Arguments as in `cross_entropy_reference`.
+
+    Returns:
+        What `launch_sum` adds up, (2,N,programs,2) float64; gradient of the sum of weight · loss, (N,C,h,w).
+    """
     (n, classes, h, w), size, dtype = logits.shape, tuple(target.shape[1:]), accumulator(logits.dtype)
     logits, target, pixel_weight, class_weight = (
         x if x is None else x.contiguous() for x in (logits, target, pixel_weight, class_weight)
     )
     weighted = pixel_weight is not None or class_weight is not None
     walk = plan(logits, size, align_corners, max_pixels=16 if weighted else 20)
-    limit = {} if walk.ratio and not weighted else register_limit(logits.device)
+    if weighted:
+        limit = register_limit(128)
+    else:
+        # 112 instead of 127 registers: 18 programs share a multiprocessor instead of 16. So the 2168 programs of a batch of 8,
+        # 128 -> 512, fit the 132 multiprocessors of an H200 at once, instead of 2112 and then 56.
+        limit = {} if walk.ratio else register_limit(112)
     gradient = logits.new_empty(logits.shape, dtype=dtype)
-    grid = (triton.cdiv((h // 2 + 1) * (w + 1), CELL_LANES - 1), n)
-    partial = logits.new_empty((2, n, grid[0], 2), dtype=dtype)
+    grid = (ceil_div((h // 2 + 1) * (w + 1), CELL_LANES - 1), n)
+    partial = logits.new_empty((2, n, grid[0], 2), dtype=torch.float64)
     for odd in (False, True):
         cross_entropy_kernel[grid](
-            logits, target, pixel_weight, class_weight, partial, gradient,
-            walk.y.first, walk.y.weight, walk.x.first, walk.x.weight, h, w, *size, C=classes, IGNORE=ignore_index, ODD=odd,
-            RATIO=walk.ratio, ROWS=walk.rows, COLUMNS=walk.columns, ROW_PARTS=walk.row_parts, COLUMN_PARTS=walk.column_parts,
-            ACC=tl_type(dtype), LANES=CELL_LANES, num_warps=1, **limit,
+            logits, target, pixel_weight, class_weight, partial, gradient, *walk.tables, h, w, *size, C=classes,
+            IGNORE=ignore_index, ODD=odd, RATIO=walk.ratio, ROWS=walk.rows, COLUMNS=walk.columns, ROW_PARTS=walk.row_parts,
+            COLUMN_PARTS=walk.column_parts, ACC=tl_type(dtype), LANES=CELL_LANES, num_warps=1, **limit,
         )  # fmt: skip
-    loss_sum, weight_sum = (partial[..., k].sum(dtype=torch.float64).to(dtype) for k in range(2))
-    return loss_sum, weight_sum, gradient
+    return partial, gradient
 
 
 @torch.library.custom_op("semiseg::cross_entropy", mutates_args=())
@@ -219,21 +234,29 @@ def cross_entropy_op(
     class_weight: Tensor | None,
     ignore_index: int,
     align_corners: bool,
+    mean: bool,
     with_gradient: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> sum of weight · loss, sum of weight, gradient of the first (empty unless asked for)."""
+    """-> sum of weight · loss, divided by the sum of weight if `mean`; sum of weight; gradient of the undivided sum.
+
+    The gradient is empty unless asked for.
+    """
     check_labels(target, logits.shape[1], ignore_index)
     inputs = (logits, target, pixel_weight, class_weight, ignore_index, align_corners)
+    dtype = accumulator(logits.dtype)
     if not use_triton(impl, logits.device):
-        return cross_entropy_reference(*inputs, with_gradient)
+        loss_sum, weight_sum, gradient = cross_entropy_reference(*inputs, with_gradient)
+        return *divide_by_weight(loss_sum, weight_sum, mean), gradient
     if with_gradient:
-        return launch(*inputs)
-    return *launch_forward(*inputs), logits.new_empty(0, dtype=accumulator(logits.dtype))
+        partial, gradient = launch(*inputs)
+    else:
+        partial, gradient = launch_forward(*inputs), logits.new_empty(0, dtype=dtype)
+    return *launch_sum(partial, mean, dtype), gradient
 
 
 @cross_entropy_op.register_fake
-def _(logits, target, pixel_weight, class_weight, ignore_index, align_corners, with_gradient, impl):
+def _(logits, target, pixel_weight, class_weight, ignore_index, align_corners, mean, with_gradient, impl):
     dtype = accumulator(logits.dtype)
     shape = logits.shape if with_gradient else (0,)
     return logits.new_empty((), dtype=dtype), logits.new_empty((), dtype=dtype), logits.new_empty(shape, dtype=dtype)
@@ -242,15 +265,20 @@ def _(logits, target, pixel_weight, class_weight, ignore_index, align_corners, w
 def keep_gradient(ctx, inputs, output) -> None:
     """Save the gradient that the kernel has already made."""
     _, weight_sum, gradient = output
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(gradient)
+    ctx.dtype, ctx.mean = inputs[0].dtype, inputs[6]
+    ctx.save_for_backward(weight_sum, gradient)
+    ctx.set_materialize_grads(False)  # or autograd makes zeros for the outputs without gradient, one as large as the logits
     ctx.mark_non_differentiable(weight_sum, gradient)
 
 
 def backward(ctx, upstream, _weight_sum, _gradient) -> tuple:
     """Scale the saved gradient into a new tensor of the logits' type, in one pass."""
-    (gradient,) = ctx.saved_tensors
-    return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=ctx.dtype)), *[None] * 7
+    if upstream is None:
+        return (None,) * 9
+    weight_sum, gradient = ctx.saved_tensors
+    if ctx.mean:
+        upstream = upstream / weight_sum
+    return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=ctx.dtype)), *[None] * 8
 
 
 cross_entropy_op.register_autograd(backward, setup_context=keep_gradient)
@@ -292,16 +320,13 @@ def cross_entropy(
         raise ValueError(f"reduction {reduction!r}: mean, sum or none")
     if reduction == "none":
         return cross_entropy_map_op(logits.detach(), target, pixel_weight, class_weight, ignore_index, align_corners, impl)
+    mean = reduction == "mean"
     if logits.shape[2:] == target.shape[1:] and use_triton(impl, logits.device):
-        loss_sum, weight_sum, _ = cross_entropy_full_op(logits, target, pixel_weight, class_weight, ignore_index)
-    else:
-        with_gradient = logits.requires_grad and torch.is_grad_enabled()
-        loss_sum, weight_sum, _ = cross_entropy_op(
-            logits, target, pixel_weight, class_weight, ignore_index, align_corners, with_gradient, impl
-        )
-    if reduction == "sum":
-        return loss_sum
-    return loss_sum / weight_sum.clamp_min(torch.finfo(weight_sum.dtype).tiny)
+        return cross_entropy_full_op(logits, target, pixel_weight, class_weight, ignore_index, mean)[0]
+    with_gradient = logits.requires_grad and torch.is_grad_enabled()
+    return cross_entropy_op(
+        logits, target, pixel_weight, class_weight, ignore_index, align_corners, mean, with_gradient, impl
+    )[0]
 
 
 def check_shapes(logits: Tensor, target: Tensor, pixel_weight: Tensor | None, class_weight: Tensor | None) -> None:

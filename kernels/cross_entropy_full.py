@@ -10,8 +10,8 @@ Equations, arguments and reference as in `cross_entropy.py`.
 import torch
 from torch import Tensor
 
-from kernels.cross_entropy_map import check_labels
-from kernels.interpolation import LN2, LOG2E, accumulator, jit, on_its_device, tl, tl_type, triton
+from kernels.cross_entropy_map import check_labels, launch_sum
+from kernels.interpolation import LN2, LOG2E, accumulator, ceil_div, jit, on_its_device, tl, tl_type
 
 LANES = 128
 KEPT_CLASSES = 48  # as many classes fit into a lane's registers beside the rest
@@ -23,9 +23,10 @@ def full_size_kernel(
     target_ptr,  # (N,H,W) integers
     pixel_weight_ptr,  # (N,H,W) or None
     class_weight_ptr,  # (C,) or None
-    partial_ptr,  # (N,programs,2): sums of weight · loss and of weight
+    partial_ptr,  # (N,programs,2) float64: sums of weight · loss and of weight
     denominator_ptr,  # (N,H,W): log-sum-exp; written going forward, read going backward
     upstream_ptr,  # (): gradient of the loss, or None
+    weight_sum_ptr,  # (): what the loss has been divided by, or None
     gradient_ptr,  # (N,C,H,W) in the logits' type, or None
     pixels,
     C: tl.constexpr,
@@ -36,7 +37,9 @@ def full_size_kernel(
 ):
     """Logits at the target's own size, one lane a pixel: the loss going forward, or with `gradient_ptr` the gradient.
 
-    KEEP holds the classes in registers between the maximum and the sum; without it they are read twice.
+    KEEP holds all classes of a pixel in registers. Going forward they are read once instead of twice. Going backward they
+    are all read before the first gradient is written: as the compiler cannot know that these do not overlap, it moves no
+    load above a store, and a lane would wait for each of its classes in turn.
     """
     image = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * LANES + tl.arange(0, LANES)
@@ -56,12 +59,22 @@ def full_size_kernel(
         gradient_ptr += image * (C - 1) * pixels + pixel
         denominator = tl.load(denominator_ptr + pixel, mask=here, other=0.0) * LOG2E
         weight *= tl.load(upstream_ptr).to(ACC)
-        for c in range(C):
-            z = tl.load(logits_ptr, mask=here, other=0.0).to(ACC) * LOG2E
-            g = weight * (tl.exp2(z - denominator) - tl.where(t == c, 1.0, 0.0))
-            tl.store(gradient_ptr, tl.where(valid, g, 0.0), mask=here)
-            logits_ptr += pixels
-            gradient_ptr += pixels
+        if weight_sum_ptr is not None:
+            weight /= tl.load(weight_sum_ptr)
+        if KEEP:
+            kept = ()
+            for c in tl.static_range(C):
+                kept = kept + (tl.load(logits_ptr + c * pixels, mask=here, other=0.0).to(ACC) * LOG2E,)
+            for c in tl.static_range(C):
+                g = weight * (tl.exp2(kept[c] - denominator) - tl.where(t == c, 1.0, 0.0))
+                tl.store(gradient_ptr + c * pixels, tl.where(valid, g, 0.0), mask=here)
+        else:
+            for c in range(C):
+                z = tl.load(logits_ptr, mask=here, other=0.0).to(ACC) * LOG2E
+                g = weight * (tl.exp2(z - denominator) - tl.where(t == c, 1.0, 0.0))
+                tl.store(gradient_ptr, tl.where(valid, g, 0.0), mask=here)
+                logits_ptr += pixels
+                gradient_ptr += pixels
     else:
         of_label = tl.load(logits_ptr + t.to(tl.int64) * pixels, mask=valid, other=0.0).to(ACC) * LOG2E
         highest = tl.full([LANES], float("-inf"), ACC)
@@ -85,8 +98,8 @@ def full_size_kernel(
         loss = tl.where(valid, weight * (denominator - of_label) * LN2, 0.0)
         tl.store(denominator_ptr + pixel, denominator * LN2, mask=here)
         program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(partial_ptr + 2 * program, tl.sum(loss, 0))
-        tl.store(partial_ptr + 2 * program + 1, tl.sum(weight, 0))
+        tl.store(partial_ptr + 2 * program, tl.sum(loss, 0).to(tl.float64))
+        tl.store(partial_ptr + 2 * program + 1, tl.sum(weight, 0).to(tl.float64))
 
 
 @on_its_device
@@ -98,47 +111,48 @@ def launch(
     ignore_index: int,
     denominator: Tensor,
     upstream: Tensor | None = None,
-) -> tuple[Tensor, Tensor] | Tensor:
+    weight_sum: Tensor | None = None,
+) -> Tensor:
     """Run the kernel forward, or with `upstream` backward.
 
     Args:
         logits, target, pixel_weight, class_weight, ignore_index: as in `cross_entropy`, with target (N,h,w).
         denominator: (N,h,w), filled with the log-sum-exp; going backward, what the forward pass left there.
-        upstream: (), gradient of the sum of weight · loss.
+        upstream: (), gradient of the loss.
+        weight_sum: (), what the sum of weight · loss has been divided by, or None where it has not.
 
     Returns:
-        Forward: sum of weight · loss, sum of weight, in the type of computation. Backward: the gradient of the
-        logits, in their type.
+        Forward: what `launch_sum` adds up, (N,programs,2) float64. Backward: the gradient of the logits, in their type.
     """
     n, classes, h, w = logits.shape
     dtype = accumulator(logits.dtype)
     logits, target, pixel_weight, class_weight = (
         x if x is None else x.contiguous() for x in (logits, target, pixel_weight, class_weight)
     )
-    grid = (triton.cdiv(h * w, LANES), n)
-    partial = None if upstream is not None else logits.new_empty((n, grid[0], 2), dtype=dtype)
+    grid = (ceil_div(h * w, LANES), n)
+    partial = logits.new_empty((n, grid[0], 2), dtype=torch.float64) if upstream is None else None
     gradient = None if upstream is None else torch.empty_like(logits)
     full_size_kernel[grid](
-        logits, target, pixel_weight, class_weight, partial, denominator, upstream, gradient, h * w, C=classes,
+        logits, target, pixel_weight, class_weight, partial, denominator, upstream, weight_sum, gradient, h * w, C=classes,
         IGNORE=ignore_index, KEEP=classes <= KEPT_CLASSES, ACC=tl_type(dtype), LANES=LANES, num_warps=LANES // 32,
     )  # fmt: skip
-    if upstream is not None:
-        return gradient
-    return tuple(partial[..., k].sum(dtype=torch.float64).to(dtype) for k in range(2))
+    return partial if upstream is None else gradient
 
 
 @torch.library.custom_op("semiseg::cross_entropy_full", mutates_args=())
 def cross_entropy_full_op(
-    logits: Tensor, target: Tensor, pixel_weight: Tensor | None, class_weight: Tensor | None, ignore_index: int
+    logits: Tensor, target: Tensor, pixel_weight: Tensor | None, class_weight: Tensor | None, ignore_index: int, mean: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> sum of weight · loss, sum of weight, log-sum-exp of each pixel."""
+    """-> sum of weight · loss, divided by the sum of weight if `mean`; sum of weight; log-sum-exp of each pixel."""
     check_labels(target, logits.shape[1], ignore_index)
-    denominator = logits.new_empty(target.shape, dtype=accumulator(logits.dtype))
-    return *launch(logits, target, pixel_weight, class_weight, ignore_index, denominator), denominator
+    dtype = accumulator(logits.dtype)
+    denominator = logits.new_empty(target.shape, dtype=dtype)
+    partial = launch(logits, target, pixel_weight, class_weight, ignore_index, denominator)
+    return *launch_sum(partial, mean, dtype), denominator
 
 
 @cross_entropy_full_op.register_fake
-def _(logits, target, pixel_weight, class_weight, ignore_index):
+def _(logits, target, pixel_weight, class_weight, ignore_index, mean):
     return tuple(logits.new_empty(shape, dtype=accumulator(logits.dtype)) for shape in ((), (), target.shape))
 
 
@@ -149,29 +163,35 @@ def cross_entropy_full_backward_op(
     target: Tensor,
     pixel_weight: Tensor | None,
     class_weight: Tensor | None,
+    weight_sum: Tensor,
     denominator: Tensor,
     ignore_index: int,
+    mean: bool,
 ) -> Tensor:
     """-> gradient of the logits, in their type."""
-    return launch(logits, target, pixel_weight, class_weight, ignore_index, denominator, upstream=upstream)
+    divided_by = weight_sum if mean else None
+    return launch(logits, target, pixel_weight, class_weight, ignore_index, denominator, upstream, divided_by)
 
 
 @cross_entropy_full_backward_op.register_fake
-def _(upstream, logits, target, pixel_weight, class_weight, denominator, ignore_index):
+def _(upstream, logits, target, pixel_weight, class_weight, weight_sum, denominator, ignore_index, mean):
     return logits.new_empty(logits.shape)
 
 
 def save(ctx, inputs, output) -> None:
     """Keep the inputs and the log-sum-exp for the backward pass."""
-    *tensors, ctx.ignore_index = inputs
+    *tensors, ctx.ignore_index, ctx.mean = inputs
     _, weight_sum, denominator = output
-    ctx.save_for_backward(*tensors, denominator)
+    ctx.save_for_backward(*tensors, weight_sum, denominator)
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(weight_sum, denominator)
 
 
 def backward(ctx, upstream, _weight_sum, _denominator) -> tuple:
     """Make the gradient from the saved log-sum-exp."""
-    return cross_entropy_full_backward_op(upstream, *ctx.saved_tensors, ctx.ignore_index), *[None] * 4
+    if upstream is None:
+        return (None,) * 6
+    return cross_entropy_full_backward_op(upstream, *ctx.saved_tensors, ctx.ignore_index, ctx.mean), *[None] * 5
 
 
 cross_entropy_full_op.register_autograd(backward, setup_context=save)

@@ -15,22 +15,25 @@ from kernels.interpolation import (
     CELL_LANES,
     LN2,
     accumulator,
+    ceil_div,
     cell_axis,
     cell_corners,
     cell_jit,
     chunks,
     in_full_precision,
     interpolate_row,
+    jit,
     load_corners,
     log_sum_exp,
     on_its_device,
     plan,
     tl,
     tl_type,
-    triton,
     upsample,
     use_triton,
 )
+
+SUM_BLOCK = 4096  # partial sums that `sum_kernel` adds at a time
 
 
 @in_full_precision
@@ -99,7 +102,7 @@ def forward_kernel(
     pixel_weight_ptr,  # (N,H,W) or None
     class_weight_ptr,  # (C,) or None
     loss_ptr,  # (N,H,W): weight · loss of each pixel, or None
-    partial_ptr,  # (N,parts,programs,2): sums of weight · loss and of weight
+    partial_ptr,  # (N,parts,programs,2) float64: sums of weight · loss and of weight, or None
     first_y_ptr,  # (h+2,)
     weight_y_ptr,  # (H,)
     first_x_ptr,  # (w+2,)
@@ -163,9 +166,56 @@ def forward_kernel(
                 weight_sum += weight
             # Keeps the compiler from having the loads of all rows in flight, in more registers than there are.
             tl.debug_barrier()
-    program = (tl.program_id(1) * tl.num_programs(2) + part) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(partial_ptr + 2 * program, tl.sum(loss_sum, 0))
-    tl.store(partial_ptr + 2 * program + 1, tl.sum(weight_sum, 0))
+    if partial_ptr is not None:
+        program = (tl.program_id(1) * tl.num_programs(2) + part) * tl.num_programs(0) + tl.program_id(0)
+        tl.store(partial_ptr + 2 * program, tl.sum(loss_sum, 0).to(tl.float64))
+        tl.store(partial_ptr + 2 * program + 1, tl.sum(weight_sum, 0).to(tl.float64))
+
+
+@jit
+def sum_kernel(
+    partial_ptr,  # (count,2) float64: sums of weight · loss and of weight
+    loss_ptr,  # ()
+    weight_ptr,  # ()
+    count,
+    TINY: tl.constexpr,  # smallest sum of weights to divide by
+    MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TURNS: tl.constexpr,  # count / BLOCK, rounded up
+):
+    """Add up what the programs of a cross-entropy have left, in a fixed order; one program does it all."""
+    losses = tl.zeros([BLOCK], tl.float64)
+    weights = tl.zeros([BLOCK], tl.float64)
+    for turn in range(TURNS):
+        at = turn * BLOCK + tl.arange(0, BLOCK)
+        losses += tl.load(partial_ptr + 2 * at, mask=at < count, other=0.0)
+        weights += tl.load(partial_ptr + 2 * at + 1, mask=at < count, other=0.0)
+    loss = tl.sum(losses, 0)
+    weight = tl.sum(weights, 0)
+    if MEAN:
+        weight = tl.maximum(weight, TINY)
+        loss = loss / weight
+    tl.store(loss_ptr, loss.to(loss_ptr.dtype.element_ty))
+    tl.store(weight_ptr, weight.to(weight_ptr.dtype.element_ty))
+
+
+def launch_sum(partial: Tensor, mean: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Run the kernel: (...,2) float64 partial sums -> loss, sum of weights, as `divide_by_weight` returns them."""
+    loss, weight = partial.new_empty((), dtype=dtype), partial.new_empty((), dtype=dtype)
+    count = partial.numel() // 2
+    sum_kernel[(1,)](
+        partial, loss, weight, count, TINY=torch.finfo(dtype).tiny, MEAN=mean, BLOCK=SUM_BLOCK,
+        TURNS=ceil_div(count, SUM_BLOCK), num_warps=16,
+    )  # fmt: skip
+    return loss, weight
+
+
+def divide_by_weight(loss_sum: Tensor, weight_sum: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
+    """-> the loss, and the sum of weights; for the mean this one is made large enough to divide by: 0 / 0 is 0 here."""
+    if not mean:
+        return loss_sum, weight_sum
+    weight_sum = weight_sum.clamp_min(torch.finfo(weight_sum.dtype).tiny)
+    return loss_sum / weight_sum, weight_sum
 
 
 @on_its_device
@@ -177,21 +227,25 @@ def launch_forward(
     ignore_index: int,
     align_corners: bool,
     loss_map: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Run the kernel: sum of weight · loss, sum of weight. Arguments as in `cross_entropy_reference`."""
+) -> Tensor | None:
+    """Run the kernel. Arguments as in `cross_entropy_reference`.
+
+    Returns:
+        What `launch_sum` adds up: (N,parts,programs,2) float64. None where `loss_map` takes the losses instead.
+    """
     (n, classes, h, w), size, dtype = logits.shape, tuple(target.shape[1:]), accumulator(logits.dtype)
     logits, target, pixel_weight, class_weight = (
         x if x is None else x.contiguous() for x in (logits, target, pixel_weight, class_weight)
     )
     walk = plan(logits, size, align_corners, max_pixels=20)
-    grid = (triton.cdiv((h + 1) * (w + 1), CELL_LANES), n, walk.row_parts * walk.column_parts)
-    partial = logits.new_empty((*grid, 2), dtype=dtype)
+    grid = (ceil_div((h + 1) * (w + 1), CELL_LANES), n, walk.row_parts * walk.column_parts)
+    partial = logits.new_empty((n, grid[2], grid[0], 2), dtype=torch.float64) if loss_map is None else None
     forward_kernel[grid](
-        logits, target, pixel_weight, class_weight, loss_map, partial, walk.y.first, walk.y.weight, walk.x.first,
-        walk.x.weight, h, w, *size, C=classes, IGNORE=ignore_index, RATIO=walk.ratio, ROWS=walk.rows, COLUMNS=walk.columns,
-        COLUMN_PARTS=walk.column_parts, ACC=tl_type(dtype), LANES=CELL_LANES, num_warps=1,
+        logits, target, pixel_weight, class_weight, loss_map, partial, *walk.tables, h, w, *size, C=classes,
+        IGNORE=ignore_index, RATIO=walk.ratio, ROWS=walk.rows, COLUMNS=walk.columns, COLUMN_PARTS=walk.column_parts,
+        ACC=tl_type(dtype), LANES=CELL_LANES, num_warps=1,
     )  # fmt: skip
-    return tuple(partial[..., k].sum(dtype=torch.float64).to(dtype) for k in range(2))
+    return partial
 
 
 @torch.library.custom_op("semiseg::cross_entropy_map", mutates_args=())

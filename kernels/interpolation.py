@@ -99,9 +99,14 @@ def on_its_device(launch: Callable) -> Callable:
     return guarded
 
 
-def register_limit(device: torch.device) -> dict[str, int]:
-    """Launch option of a kernel that takes a few more than 128 registers unless told not to; NVIDIA's compiler knows it."""
-    return {"maxnreg": 128} if device.type == "cuda" and not torch.version.hip else {}
+def register_limit(registers: int) -> dict[str, int]:
+    """Launch option: the most registers a lane may take. NVIDIA's compiler knows it, AMD's does not."""
+    return {} if torch.version.hip else {"maxnreg": registers}
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up. Called from the host, `triton.cdiv` takes ten times as long."""
+    return -(-a // b)
 
 
 class Axis(NamedTuple):
@@ -143,10 +148,14 @@ def axis(nodes: int, outputs: int, align_corners: bool, dtype: torch.dtype, devi
 
 
 class Plan(NamedTuple):
-    """How a kernel walks over the cells: `ROWS` x `COLUMNS` pixels of a cell at a time, in so many parts."""
+    """How a kernel walks over the cells: `rows` x `columns` pixels of a cell at a time, in so many parts.
 
-    y: Axis
-    x: Axis
+    Attributes:
+        tables: first and weight of the axis y, then those of the axis x; see `Axis`.
+        ratio: of both axes where it is one and the same integer, else 0.
+    """
+
+    tables: tuple[Tensor, Tensor, Tensor, Tensor]
     ratio: int
     rows: int
     columns: int
@@ -156,14 +165,30 @@ class Plan(NamedTuple):
 
 def plan(logits: Tensor, size: tuple[int, int], align_corners: bool, max_pixels: int) -> Plan:
     """The plan for logits (N,C,h,w) that are interpolated to `size` = (H,W), `max_pixels` a lane at a time."""
-    dtype = accumulator(logits.dtype)
-    y, x = (axis(n, m, align_corners, dtype, logits.device) for n, m in zip(logits.shape[2:], size, strict=True))
-    column_parts = triton.cdiv(x.slots, 6)
-    columns = triton.cdiv(x.slots, column_parts)
+    nodes, dtype = tuple(logits.shape[2:]), accumulator(logits.dtype)
+    return plan_of(nodes, tuple(size), align_corners, max_pixels, dtype, logits.device)
+
+
+@functools.lru_cache(maxsize=256)
+def plan_of(
+    nodes: tuple[int, int],
+    size: tuple[int, int],
+    align_corners: bool,
+    max_pixels: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Plan:
+    """As `plan`; kept, because a training step asks for the same one again and again."""
+    y, x = (axis(n, m, align_corners, dtype, device) for n, m in zip(nodes, size, strict=True))
+    column_parts = ceil_div(x.slots, 6)
+    columns = ceil_div(x.slots, column_parts)
     rows = min(y.slots, max(max_pixels // columns, 1))
     if y.ratio:  # all cells are alike: parts of one size
-        rows = triton.cdiv(y.slots, triton.cdiv(y.slots, rows))
-    return Plan(y, x, y.ratio if y.ratio == x.ratio else 0, rows, columns, triton.cdiv(y.slots, rows), column_parts)
+        rows = ceil_div(y.slots, ceil_div(y.slots, rows))
+
+    tables = (y.first, y.weight, x.first, x.weight)
+    ratio = y.ratio if y.ratio == x.ratio else 0
+    return Plan(tables, ratio, rows, columns, ceil_div(y.slots, rows), column_parts)
 
 
 @jit

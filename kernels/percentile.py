@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.interpolation import jit, on_its_device, tl, triton, use_triton
+from kernels.interpolation import ceil_div, jit, on_its_device, tl, use_triton
 
 BLOCK = 1024  # values of a program
 BINS = tl.constexpr(256)
@@ -36,6 +36,8 @@ def masked_percentile_reference(values: Tensor, valid_mask: Tensor, q: Tensor) -
         high = (low + 1).clamp(max=len(data) - 1)
         data.partition(torch.cat([low, high]).unique().numpy())
         data = torch.from_numpy(data)
+    elif values.numel() == 0:
+        return torch.full(q.shape, float("nan"), device=values.device)
     else:
         count = valid_mask.sum()
         data = values.float().masked_fill(~valid_mask, float("inf")).flatten().sort().values
@@ -73,7 +75,7 @@ def count_kernel(
     values_ptr,  # (n,) float32
     valid_ptr,  # (n,) uint8
     counts_ptr,  # (4,Q,BINS) int32, zero at first
-    state_ptr,  # (Q,3) int32: the bytes found so far; not read in the first pass
+    state_ptr,  # (Q,4) int32: the bytes found so far; not read in the first pass
     n,
     Q: tl.constexpr,
     PASS: tl.constexpr,
@@ -91,8 +93,9 @@ def count_kernel(
     else:
         before = tl.zeros([], tl.uint32)
         counts = tl.zeros([BINS], tl.int32)
-        for i in tl.static_range(Q):
-            found = tl.load(state_ptr + 3 * i).to(tl.uint32, bitcast=True)
+        # Not unrolled: a histogram is a long program, and one copy of it does.
+        for i in range(Q):
+            found = tl.load(state_ptr + 4 * i).to(tl.uint32, bitcast=True)
             slot = counts_ptr + (PASS * Q + i) * BINS
             counted = valid & ((key >> (32 - 8 * PASS)) == found)
             # A histogram takes some 80 instructions a value: worth it only for many, and once for queries that agree so far.
@@ -109,13 +112,16 @@ def count_kernel(
 def descend_kernel(
     q_ptr,  # (Q,) float64
     counts_ptr,  # (4,Q,BINS) int32
-    state_ptr,  # (Q,3) int32: bytes found so far; rank among the keys that share them; how many these are
+    state_ptr,  # (Q,4) int32: bytes found so far; rank among the keys that share them; how many these are; see below
     Q: tl.constexpr,
     PASS: tl.constexpr,
 ):
-    """Find the byte of the bin that holds the wanted rank; one program a query."""
+    """Find the byte of the bin that holds the wanted rank; one program a query.
+
+    The last column of the state is for `successor_kernel`: its minimum starts from the largest int32.
+    """
     i = tl.program_id(0)
-    state_ptr += 3 * i
+    state_ptr += 4 * i
     bins = tl.arange(0, BINS)
     if PASS == 0:
         counts = tl.load(counts_ptr + bins)
@@ -129,14 +135,14 @@ def descend_kernel(
     tl.store(state_ptr, (found << 8) | byte)
     tl.store(state_ptr + 1, k - tl.sum(tl.where(bins < byte, counts, 0), 0))
     tl.store(state_ptr + 2, tl.sum(tl.where(bins == byte, counts, 0), 0))
+    tl.store(state_ptr + 3, 0x7FFFFFFF)
 
 
 @jit
 def successor_kernel(
     values_ptr,  # (n,) float32
     valid_ptr,  # (n,) uint8
-    state_ptr,  # (Q,3) int32: the key of rank k
-    above_ptr,  # (Q,) int32, the largest one at first: smallest key above, less 2^31
+    state_ptr,  # (Q,4) int32: the key of rank k; and in the last column, found here: smallest key above, less 2^31
     n,
     Q: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -147,25 +153,25 @@ def successor_kernel(
     key = ordered_key(tl.load(values_ptr + at, mask=at < n, other=0.0))
     signed = (key ^ tl.full([BLOCK], 0x80000000, tl.uint32)).to(tl.int32, bitcast=True)
     for i in tl.static_range(Q):
-        found = tl.load(state_ptr + 3 * i).to(tl.uint32, bitcast=True)
+        found = tl.load(state_ptr + 4 * i).to(tl.uint32, bitcast=True)
         least = tl.min(tl.where(valid & (key > found), signed, 0x7FFFFFFF), 0)
-        tl.atomic_min(above_ptr + i, least, sem="relaxed")
+        tl.atomic_min(state_ptr + 4 * i + 3, least, sem="relaxed")
 
 
 @jit
 def finish_kernel(
     q_ptr,  # (Q,) float64
     counts_ptr,  # (4,Q,BINS) int32
-    state_ptr,  # (Q,3) int32
-    above_ptr,  # (Q,) int32
+    state_ptr,  # (Q,4) int32
     result_ptr,  # (Q,) float32
 ):
     """Interpolate between v[k] and v[k+1]; one program a query."""
     i = tl.program_id(0)
     n, k, part = wanted_rank(counts_ptr, q_ptr, i)
-    key = tl.load(state_ptr + 3 * i).to(tl.uint32, bitcast=True)
-    above = tl.load(above_ptr + i).to(tl.uint32, bitcast=True) ^ tl.full([], 0x80000000, tl.uint32)
-    equal = tl.load(state_ptr + 3 * i + 1) + 1 < tl.load(state_ptr + 3 * i + 2)
+    state_ptr += 4 * i
+    key = tl.load(state_ptr).to(tl.uint32, bitcast=True)
+    above = tl.load(state_ptr + 3).to(tl.uint32, bitcast=True) ^ tl.full([], 0x80000000, tl.uint32)
+    equal = tl.load(state_ptr + 1) + 1 < tl.load(state_ptr + 2)
     above = tl.where(equal | (k + 1 >= n), key, above)
     low = key_value(key).to(tl.float64)
     high = key_value(above).to(tl.float64)
@@ -186,15 +192,14 @@ def launch_percentile(values: Tensor, valid_mask: Tensor, q: Tensor) -> Tensor:
     values, valid = values.float().contiguous(), valid_mask.contiguous().view(torch.uint8)
     n, queries, passes, bins = values.numel(), len(q), 4, 256
     counts = torch.zeros((passes, queries, bins), dtype=torch.int32, device=values.device)
-    state = torch.empty((queries, 3), dtype=torch.int32, device=values.device)
-    above = torch.full((queries,), 2**31 - 1, dtype=torch.int32, device=values.device)
+    state = torch.empty((queries, 4), dtype=torch.int32, device=values.device)
     result = torch.empty(queries, dtype=torch.float32, device=values.device)
-    grid = (triton.cdiv(n, BLOCK),)
+    grid = (ceil_div(n, BLOCK),)
     for number in range(passes):
         count_kernel[grid](values, valid, counts, state, n, Q=queries, PASS=number, BLOCK=BLOCK)
         descend_kernel[(queries,)](q, counts, state, Q=queries, PASS=number)
-    successor_kernel[grid](values, valid, state, above, n, Q=queries, BLOCK=BLOCK)
-    finish_kernel[(queries,)](q, counts, state, above, result)
+    successor_kernel[grid](values, valid, state, n, Q=queries, BLOCK=BLOCK)
+    finish_kernel[(queries,)](q, counts, state, result)
     return result
 
 
@@ -208,6 +213,16 @@ def masked_percentile_op(values: Tensor, valid_mask: Tensor, q: Tensor, impl: st
 @masked_percentile_op.register_fake
 def _(values, valid_mask, q, impl):
     return q.new_empty(q.shape, dtype=torch.float32)
+
+
+def on_device(numbers: list[float], device: torch.device) -> Tensor:
+    """(Q,) float64, without a copy from the host, for which a GPU's stream would have to be waited for.
+
+    The numbers travel as arguments of a kernel, all of them in one launch.
+    """
+    result = torch.zeros(len(numbers), dtype=torch.float64, device=device)
+    torch._foreach_add_(result.unbind(), numbers)
+    return result
 
 
 @torch.no_grad()
@@ -235,8 +250,8 @@ def masked_percentile(values: Tensor, valid_mask: Tensor, q: float | Sequence[fl
         numbers = q.reshape(-1).tolist() if q.device.type == "cpu" else []
         q = q.to(values.device, torch.float64).reshape(-1)
     else:
-        numbers = list(q) if isinstance(q, Sequence) else [q]
-        q = torch.stack([torch.full((), number, dtype=torch.float64, device=values.device) for number in numbers])
+        numbers = [float(number) for number in (q if isinstance(q, Sequence) else [q])]
+        q = on_device(numbers, values.device)
     if not all(0 <= number <= 100 for number in numbers):
         raise ValueError(f"percentiles {numbers} must lie in [0,100]")
     return masked_percentile_op(values, valid_mask, q, impl)
@@ -273,7 +288,7 @@ def launch_drop(label: Tensor, entropy: Tensor, threshold: Tensor, ignore_index:
     """Run the kernel."""
     label, entropy = label.contiguous(), entropy.contiguous()
     n = label.numel()
-    grid = (triton.cdiv(n, BLOCK),)
+    grid = (ceil_div(n, BLOCK),)
     result = torch.empty_like(label)
     kept = torch.empty(grid, dtype=torch.int32, device=label.device)
     drop_unreliable_kernel[grid](label, entropy, threshold, result, kept, n, IGNORE=ignore_index, BLOCK=BLOCK)

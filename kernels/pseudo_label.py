@@ -20,6 +20,7 @@ from kernels.interpolation import (
     CELL_LANES,
     LN2,
     accumulator,
+    ceil_div,
     cell_axis,
     cell_corners,
     cell_jit,
@@ -30,7 +31,6 @@ from kernels.interpolation import (
     plan,
     tl,
     tl_type,
-    triton,
     upsample,
     use_triton,
 )
@@ -186,12 +186,11 @@ def launch(
     logits = logits.contiguous()
     label, confidence, entropy = empty_maps(logits, size, with_confidence, with_entropy)
     walk = plan(logits, size, align_corners, max_pixels=20)
-    grid = (triton.cdiv((h + 1) * (w + 1), CELL_LANES), n, walk.row_parts * walk.column_parts)
+    grid = (ceil_div((h + 1) * (w + 1), CELL_LANES), n, walk.row_parts * walk.column_parts)
     pseudo_label_kernel[grid](
-        logits, label, confidence if with_confidence else None, entropy if with_entropy else None,
-        walk.y.first, walk.y.weight, walk.x.first, walk.x.weight, h, w, *size, C=classes, RATIO=walk.ratio, ROWS=walk.rows,
-        COLUMNS=walk.columns, COLUMN_PARTS=walk.column_parts, ACC=tl_type(accumulator(logits.dtype)), LANES=CELL_LANES,
-        num_warps=1,
+        logits, label, confidence if with_confidence else None, entropy if with_entropy else None, *walk.tables, h, w, *size,
+        C=classes, RATIO=walk.ratio, ROWS=walk.rows, COLUMNS=walk.columns, COLUMN_PARTS=walk.column_parts,
+        ACC=tl_type(accumulator(logits.dtype)), LANES=CELL_LANES, num_warps=1,
     )  # fmt: skip
     return label, confidence, entropy
 
