@@ -1,34 +1,38 @@
 """Compile the kernels ahead of time and read off what they cost: `python -m kernels.aot [--target sm_90]`. Needs no GPU.
 
-One row a kernel and shape: registers a thread, bytes spilled to local memory, stack, shared memory, and the instructions that a
-warp issues for each of its pixels and classes (for kernels over a flat map: for each value; for the contrast: for each
-negative). The latter two come from the disassembled cubin: the bodies of the loops over the classes, divided by the pixels of a
-lane and by how often the compiler unrolled the loop, or for kernels without a loop the whole program. The bound is the time to
-issue them all on an H200, 132 multiprocessors x 4 warp instructions a cycle at 1.755 GHz: a floor that no run can beat,
-not a measurement.
+The public functions are called with the shapes of the presets, on empty tensors in the host's memory. Their launches do not
+run: each is compiled as it would be on a GPU of the target, and listed once. One row a compiled kernel: registers a thread,
+bytes spilled to local memory, stack, shared memory, and how many instructions a warp issues for each of its pixels and classes
+(for kernels over a flat map: for each value; for the contrast: for each negative). These come from the disassembled cubin: the
+bodies of the loops over the classes, divided by the pixels of a lane and by how often the compiler unrolled the loop, or for
+kernels without a loop the whole program.
+
+For sm_90 the last columns bound a launch's time on an H200 from below: the largest of the time to issue the instructions, the
+time for which they keep each of the arithmetic units busy, and the time to move the tensors once; and which of these it is.
+The bound counts a lane's empty places: a cell of 128 -> 512 has 16 pixels, in 20 places. It leaves out the instructions
+outside the loops over the classes (some 3 a pixel and class), most lanes that idle, whatever does not overlap, and the
+launches around the kernel. It takes the clock to be 1.755 GHz: at 1.98 GHz, to which an H200 may boost, all but the bound of
+the bandwidth is 11 % lower. It is an estimate, not a measurement.
 """
 
 import argparse
+import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import triton
-import triton.language as tl
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
-from kernels.contrast import TOGETHER, memory_contrast_kernel
-from kernels.cross_entropy import cross_entropy_kernel
-from kernels.cross_entropy_full import KEPT_CLASSES, full_size_kernel
-from kernels.cross_entropy_full import LANES as FULL_SIZE_LANES
-from kernels.cross_entropy_map import forward_kernel
-from kernels.interpolation import CELL_LANES, plan
-from kernels.percentile import BLOCK, count_kernel, descend_kernel, drop_unreliable_kernel, finish_kernel, successor_kernel
-from kernels.pseudo_label import pseudo_label_kernel
+from kernels import cross_entropy, drop_unreliable, masked_percentile, memory_contrast, pseudo_label
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
@@ -36,165 +40,263 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-ISSUED_PER_SECOND = 132 * 4 * 1.755e9  # warp instructions on an H200
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# (batch, classes, nodes, outputs): VOC and Cityscapes, each at an odd crop and at the even one of CPS; CamVid.
+SHAPES = [(8, 21, 129, 513), (8, 21, 128, 512), (4, 19, 193, 769), (4, 19, 200, 800), (8, 11, 81, 321)]
+
+BYTES_PER_SECOND = 4.8e12  # memory bandwidth in NVIDIA's data sheet of the H200
+CYCLES_PER_SECOND = 132 * 4 * 1.755e9  # of an H200's 132 multiprocessors, each with 4 schedulers that issue one a cycle
+
+# Instruction -> the unit of its scheduler that it keeps busy, and for how many cycles; all others are comparisons, moves and
+# integer operations, 2 cycles. A multiprocessor of sm_90 does 128 float multiply-adds, 64 integer ones, 64 comparisons or
+# integer operations, or 16 exponentials a cycle, that is 4, 2, 2 and 0.5 warps.
+# Source: CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions", compute capability 9.0.
+UNITS = {
+    "FFMA": ("multiply-add", 1),
+    "FADD": ("multiply-add", 1),
+    "FMUL": ("multiply-add", 1),
+    "IMAD": ("multiply-add", 2),
+    "MUFU": ("exponential", 8),
+}
+OTHERS = ("compare", 2)
+# First letters of what loads, stores, exchanges, jumps or waits, or belongs to the unit for whole warps.
+NO_ARITHMETIC = (
+    "LD", "ST", "SHFL", "ATOM", "RED", "BRA", "BSYNC", "BSSY", "BAR", "WARPSYNC", "U", "S2", "EXIT", "CALL",
+)  # fmt: skip
 
 
-class Case(NamedTuple):
-    """A kernel with the types and constants of one use.
+class Use(NamedTuple):
+    """A call of a public function whose launches the table shows.
 
     Attributes:
         name: what is computed and for which shape.
-        kernel: the Triton function.
-        types: Triton's type of each argument that is neither a constant nor None.
-        constants: the compile-time arguments; pointers that are None too.
-        warps: of a program.
-        pixels: that a lane keeps at a time, for kernels with loops over the classes.
-        work: (pixels or values, classes) of the shape in `name`, for the bound.
-        per_lane: pixels times classes (or values) that a lane handles, for kernels without a loop; else 0.
+        call: calls the function, and its backward pass.
     """
 
     name: str
-    kernel: object
-    types: dict[str, str]
-    constants: dict[str, object]
-    warps: int
-    pixels: int
-    work: float
-    per_lane: float = 0
+    call: Callable[[], object]
 
 
-def cases(logits: str = "bf16") -> list[Case]:
-    """The uses that the table shows: the shapes of VOC and of CPS's crops, loss, labels, percentile."""
-    sizes = {name: "i32" for name in "hwHW"}
-    tables = {"first_y_ptr": "*i32", "weight_y_ptr": "*fp32", "first_x_ptr": "*i32", "weight_x_ptr": "*fp32"}
-    none = {name: None for name in ("pixel_weight_ptr", "class_weight_ptr")}
+class Launch(NamedTuple):
+    """A launch that did not run: the kernel's name, what Triton compiled, the grid, the arguments by name."""
+
+    kernel: str
+    compiled: object
+    grid: tuple[int, ...]
+    arguments: dict[str, object]
+
+
+class NoGPU:
+    """What Triton asks of a driver before it compiles; there is no GPU behind it."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        """What to compile for."""
+        return TARGETS[self.target]
+
+    def get_current_device(self) -> str:
+        """Triton keeps what it has compiled by this name."""
+        return self.target
+
+    def get_current_stream(self, device: str) -> int:
+        """Nothing runs in it."""
+        return 0
+
+
+@contextmanager
+def dry_run(target: str) -> Iterator[list[Launch]]:
+    """Inside, tensors in the host's memory are taken for the GPU's; launches are compiled for `target` and listed, not run."""
+    launches = []
+    run = JITFunction.run
+
+    def compile_only(kernel, *values, grid, warmup, **options):
+        if TARGETS[target].backend == "hip":
+            options.pop("maxnreg", None)  # as `register_limit` does on such a machine
+        compiled = run(kernel, *values, grid=grid, warmup=True, **options)
+        arguments = {**dict(zip(kernel.arg_names, values)), **options}
+        launches.append(Launch(kernel.__name__, compiled, grid, arguments))
+        return compiled
+
+    with (
+        mock.patch.object(triton.runtime.driver, "_active", NoGPU(target)),
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),  # so that the kernels are chosen for the host's tensors, too
+    ):
+        yield launches
+
+
+def uses(dtype: torch.dtype, shapes: list[tuple[int, int, int, int]] = SHAPES) -> list[Use]:
+    """The calls that the table shows: all options at the first two shapes, at the others what the scripts use."""
     found = []
-    add = found.append
-    for nodes, outputs in ((129, 513), (128, 512), (65, 513)):
-        name = f"{nodes}->{outputs}"
-        shape, weighted_shape = (shape_constants(nodes, outputs, max_pixels) for max_pixels in (20, 16))
-        # A lane of 5 columns of 128 -> 512 has 4.02 pixels on average: the work of its empty places counts, too.
-        slots = {"128->512": 5 / (outputs / nodes)}.get(name, 1.0)
-        work = 8 * outputs**2 * 21 * slots
-        types = {"logits_ptr": f"*{logits}", "target_ptr": "*u8", "partial_ptr": "*fp32", **tables, **sizes}
-        pixels = shape["ROWS"] * shape["COLUMNS"]
-        forward = {**no_row_parts(shape), **none, "IGNORE": 255, "loss_ptr": None}
-        gradient = {**shape, **none, "IGNORE": 255, "ODD": True}
-        with_gradient = {**types, "gradient_ptr": "*fp32"}
-        add(Case(f"cross_entropy {name}", cross_entropy_kernel, with_gradient, gradient, 1, pixels, work))
-        add(Case(f"  even rows {name}", cross_entropy_kernel, with_gradient, {**gradient, "ODD": False}, 1, pixels, work))
-        # With weights a lane holds one value more a pixel, and so fewer pixels.
-        weighted = {**weighted_shape, "IGNORE": 255, "ODD": True}
-        with_weights = {**with_gradient, "pixel_weight_ptr": "*fp32", "class_weight_ptr": "*fp32"}
-        pixels_weighted = weighted["ROWS"] * weighted["COLUMNS"]
-        add(Case(f"  weighted {name}", cross_entropy_kernel, with_weights, weighted, 1, pixels_weighted, work))
-        add(Case(f"  without gradient {name}", forward_kernel, types, forward, 1, pixels, work))
-        with_map = {k: v for k, v in forward.items() if k != "loss_ptr"}
-        add(Case(f"  map of losses {name}", forward_kernel, {**types, "loss_ptr": "*fp32"}, with_map, 1, pixels, work))
-        label = no_row_parts(shape)
-        maps = {"logits_ptr": f"*{logits}", "label_ptr": "*u8", **tables, **sizes}
-        both = {**maps, "confidence_ptr": "*fp32", "entropy_ptr": "*fp32"}
-        add(Case(f"pseudo_label {name}, all maps", pseudo_label_kernel, both, label, 1, pixels, work))
-        no_maps = {"confidence_ptr": None, "entropy_ptr": None}
-        add(Case(f"  label alone {name}", pseudo_label_kernel, maps, {**label, **no_maps}, 1, pixels, work))
-    for classes in (21, 150):
-        types = {"logits_ptr": f"*{logits}", "target_ptr": "*u8", "denominator_ptr": "*fp32", "pixels": "i32"}
-        full = {"C": classes, "IGNORE": 255, "KEEP": classes <= KEPT_CLASSES, "ACC": tl.float32, "LANES": FULL_SIZE_LANES}
-        forward = {**full, **none, "upstream_ptr": None, "gradient_ptr": None}
-        backward = {**full, **none, "partial_ptr": None}
-        work, each = 8 * 513 * 513 * classes, classes if classes <= KEPT_CLASSES else 0
-        name = f"full size, {classes} classes"
-        add(Case(name, full_size_kernel, {**types, "partial_ptr": "*fp32"}, forward, 4, 1, work, each))
-        types = {**types, "upstream_ptr": "*fp32", "gradient_ptr": f"*{logits}"}
-        add(Case(f"{name}, backward", full_size_kernel, types, backward, 4, 1, work))
-    maps = {"values_ptr": "*fp32", "valid_ptr": "*u8", "state_ptr": "*i32", "n": "i32"}
-    n, each = 8 * 513 * 513, BLOCK / (4 * 32)
-    for number in (0, 1):
-        constants = {"Q": 6, "PASS": number, "BLOCK": BLOCK}
-        types = {**maps, "counts_ptr": "*i32"}
-        # The later passes' code holds two branches, of which a block takes one: its length says nothing about time.
-        add(Case(f"percentile, 6 queries, pass {number + 1}", count_kernel, types, constants, 4, 1, 0 if number else n, each))
-    types = {**maps, "above_ptr": "*i32"}
-    add(Case("percentile, 6 queries, pass 5", successor_kernel, types, {"Q": 6, "BLOCK": BLOCK}, 4, 1, n, each))
-    types = {"q_ptr": "*fp64", "counts_ptr": "*i32", "state_ptr": "*i32"}
-    add(Case("percentile, descend", descend_kernel, types, {"Q": 6, "PASS": 1}, 4, 1, 0))
-    types = {**types, "above_ptr": "*i32", "result_ptr": "*fp32"}
-    add(Case("percentile, interpolation", finish_kernel, types, {}, 4, 1, 0))
-    types = {
-        "label_ptr": "*u8",
-        "entropy_ptr": "*fp32",
-        "threshold_ptr": "*fp32",
-        "result_ptr": "*u8",
-        "kept_ptr": "*i32",
-        "n": "i32",
-    }
-    add(Case("drop_unreliable", drop_unreliable_kernel, types, {"IGNORE": 255, "BLOCK": BLOCK}, 4, 1, n, each))
-    types = {
-        "anchors_ptr": f"*{logits}", "positives_ptr": "*fp32", "bank_ptr": "*fp16", "indices_ptr": "*i32",
-        "classes_ptr": "*i32", "loss_ptr": "*fp32", "gradient_ptr": "*fp32", "capacity": "i32", "A": "i32",
-        "inverse_temperature": "fp32",
-    }  # fmt: skip
+    for index, (n, classes, nodes, outputs) in enumerate(shapes):
+        found += uses_at(dtype, n, classes, nodes, outputs, every=index < 2)
+    for n, classes in ((8, 21), (1, 150)):
+        logits, target = inputs(dtype, n, classes, 513, 513)
+        call = with_backward(cross_entropy, logits, target)
+        found.append(Use(f"full size, {classes} classes", call))
+
+    values, valid, label = torch.empty(8, 513, 513), torch.ones(8, 513, 513, dtype=torch.bool), inputs(dtype, 8, 2, 1, 513)[1]
+    queries = [5.0, 20.0, 40.0, 60.0, 80.0, 95.0]
+    found.append(Use("percentile, 6 queries", lambda: masked_percentile(values, valid, queries)))
+    found.append(Use("drop_unreliable", lambda: drop_unreliable(label, values, 0.5)))
     for width in (256, 64):
-        constants = {"M": 50, "D": width, "WIDTH": width, "TOGETHER": TOGETHER, "ACC": tl.float32}
-        turns = triton.cdiv(50, TOGETHER)
-        work = 19 * 256 * turns * TOGETHER * 32  # a warp a negative
-        add(Case(f"memory_contrast, {width} features", memory_contrast_kernel, types, constants, 1, TOGETHER, work))
+        anchors = torch.empty(19, 256, width, dtype=dtype).requires_grad_()
+        bank = torch.empty(19, 30_000, width, dtype=torch.float16)
+        positives = torch.empty(19, width)
+        rows, order = torch.zeros(19, 256, 50, dtype=torch.int32), torch.zeros(19, dtype=torch.int32)
+        call = with_backward(memory_contrast, anchors, positives, bank, rows, order)
+        found.append(Use(f"memory_contrast, {width} features", call))
     return found
 
 
-def shape_constants(nodes: int, outputs: int, max_pixels: int) -> dict[str, object]:
-    """The constants with which the launches compile a cell kernel for 21 classes and square maps."""
-    walk = plan(torch.empty(1, 21, nodes, nodes), (outputs, outputs), True, max_pixels)
-    return {
-        "C": 21, "RATIO": walk.ratio, "ROWS": walk.rows, "COLUMNS": walk.columns, "ROW_PARTS": walk.row_parts,
-        "COLUMN_PARTS": walk.column_parts, "ACC": tl.float32, "LANES": CELL_LANES,
-    }  # fmt: skip
+def uses_at(dtype: torch.dtype, n: int, classes: int, nodes: int, outputs: int, every: bool) -> list[Use]:
+    """The calls on interpolated logits of one shape."""
+    logits, target = inputs(dtype, n, classes, nodes, outputs)
+    size, shape = (outputs, outputs), f"{nodes}->{outputs}"
+    weights = {"pixel_weight": torch.empty(target.shape), "class_weight": torch.empty(classes)}
+    found = [
+        Use(f"cross_entropy {shape}", with_backward(cross_entropy, logits, target)),
+        Use(f"  map of losses {shape}", lambda: cross_entropy(logits, target, reduction="none")),
+        Use(f"pseudo_label {shape}", lambda: pseudo_label(logits, size)),
+        Use(f"  and entropy {shape}", lambda: pseudo_label(logits, size, with_entropy=True)),
+    ]
+    if every:
+        maps = {"with_confidence": True, "with_entropy": True}
+        found += [
+            Use(f"  and confidence {shape}", lambda: pseudo_label(logits, size, **maps)),
+            Use(f"cross_entropy, weighted {shape}", with_backward(cross_entropy, logits, target, **weights)),
+            Use(f"  without gradient {shape}", lambda: cross_entropy(logits.detach(), target)),
+        ]
+    return found
 
 
-def no_row_parts(constants: dict[str, object]) -> dict[str, object]:
-    """Without ROW_PARTS, for the kernels whose parts are programs."""
-    return {name: value for name, value in constants.items() if name != "ROW_PARTS"}
+def inputs(dtype: torch.dtype, n: int, classes: int, nodes: int, outputs: int) -> tuple[Tensor, Tensor]:
+    """Logits with gradient, whose values nobody reads, and labels."""
+    logits = torch.empty(n, classes, nodes, nodes, dtype=dtype).requires_grad_()
+    return logits, torch.zeros(n, outputs, outputs, dtype=torch.uint8)
 
 
-def compile_case(case: Case, target: str) -> object:
-    """Compile for a target; returns Triton's compiled kernel. Raises whatever the compiler does."""
-    names = case.kernel.arg_names
-    signature = {name: case.types.get(name, "constexpr") for name in names}
-    constants = {(names.index(name),): value for name, value in case.constants.items()}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
-    options = {"num_warps": case.warps}
-    weighted = "class_weight_ptr" not in case.constants
-    if case.kernel is cross_entropy_kernel and (weighted or not case.constants["RATIO"]) and TARGETS[target].backend == "cuda":
-        options["maxnreg"] = 128  # as `register_limit` in the launch
-    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=TARGETS[target], options=options)
+def with_backward(loss: Callable[..., Tensor], variable: Tensor, *others: Tensor, **options) -> Callable[[], object]:
+    """A call of `loss` and of its backward pass."""
+    return lambda: torch.autograd.grad(loss(variable, *others, **options).sum(), variable)
 
 
 class Cost(NamedTuple):
-    """What a cubin says. `instructions`: issued for each pixel and class (or value)."""
+    """What a cubin says.
+
+    Attributes:
+        registers, spilled, stack, shared: registers a thread; the others in bytes.
+        instructions: issued for each pixel and class (or value, or negative), by a warp for 32 of them.
+        cycles: for which the same keep each unit of `UNITS` busy.
+    """
 
     registers: int
     spilled: int
     stack: int
     shared: int
     instructions: float
+    cycles: dict[str, float]
 
 
-def cost(case: Case, target: str) -> Cost:
-    """Compile for an NVIDIA target and read the cubin."""
-    compiled = compile_case(case, target)
+def cost(launch: Launch) -> Cost:
+    """Read the cubin of a launch on an NVIDIA target."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
+        cubin.write_bytes(launch.compiled.asm["cubin"])
         usage = tool("cuobjdump", "--dump-resource-usage", cubin)
-        code = tool("nvdisasm", "-c", cubin)
+        code = disassembled(tool("nvdisasm", "-c", cubin))
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-    instructions = disassembled(code)
-    if case.per_lane:
-        count = len(instructions.lines) / case.per_lane
-    else:
-        count = sum(map(lambda body: len(body) / unrolled(body, case.pixels), class_loops(instructions))) / case.pixels
-    return Cost(registers, local, stack, compiled.metadata.shared, count)
+    shared = launch.compiled.metadata.shared
+    counts = instructions(launch, code)
+    cycles = dict.fromkeys(("multiply-add", "compare", "exponential"), 0.0)
+    for instruction, count in counts.items():
+        if not instruction.startswith(NO_ARITHMETIC):
+            unit, busy = UNITS.get(instruction, OTHERS)
+            cycles[unit] += count * busy
+    return Cost(registers, local, stack, shared, sum(counts.values()), cycles)
+
+
+def places(launch: Launch) -> int:
+    """Pixels (or negatives) that a lane (or a warp) handles in each turn of a loop; 0 for a kernel without such loops."""
+    arguments = launch.arguments
+    if "ROWS" in arguments:
+        return arguments["ROWS"] * arguments["COLUMNS"]
+    if "KEEP" in arguments:
+        return 0 if arguments["KEEP"] else 1
+    return arguments.get("TOGETHER", 0)
+
+
+def instructions(launch: Launch, code: "Disassembly") -> dict[str, float]:
+    """How many instructions of each name a warp issues for each pixel and class (or value, or negative)."""
+    counts = dict.fromkeys((name(line) for line in code.lines), 0.0)
+    count = places(launch)
+    if count:
+        for body in class_loops(code):
+            for line in body:
+                counts[name(line)] += 1 / unrolled(body, count) / count
+        return counts
+
+    arguments = launch.arguments
+    of_lane = arguments["C"] if "KEEP" in arguments else arguments.get("BLOCK", 1) / (32 * arguments.get("num_warps", 4))
+    for line in code.lines:
+        counts[name(line)] += 1 / of_lane
+    return counts
+
+
+def work(launch: Launch) -> float:
+    """Pixels times classes (or values, or 32 times negatives) that the lanes of a launch handle, idle ones included.
+
+    0 where the code's length says nothing of the time: for the small kernels, and for the percentile's later passes, whose
+    code holds two branches of which a block takes one.
+    """
+    arguments = launch.arguments
+    programs = launch.grid[0] * (launch.grid[1] if len(launch.grid) > 1 else 1)
+    if "ROWS" in arguments:
+        return cell_parts(arguments) * places(launch) * arguments["C"]
+    if "TOGETHER" in arguments:
+        turns = triton.cdiv(arguments["M"], arguments["TOGETHER"])
+        return programs * 32 * turns * arguments["TOGETHER"]
+    if "KEEP" in arguments:
+        return programs * arguments["LANES"] * arguments["C"]
+    if launch.kernel == "sum_kernel" or arguments.get("PASS", 0) > 0:
+        return 0
+    return programs * arguments.get("BLOCK", 0)
+
+
+def cell_parts(arguments: dict[str, object]) -> float:
+    """How many parts of cells the lanes pass over: of each cell as many as its rows and columns of pixels fill."""
+    rows, columns = (
+        torch.ceil(arguments[f"first_{axis}_ptr"].diff() / arguments[constant])
+        for axis, constant in (("y", "ROWS"), ("x", "COLUMNS"))
+    )
+    lanes = 1.0
+    if "ODD" in arguments:  # every second row of cells; the last lane of a program repeats a cell
+        rows = rows[int(arguments["ODD"]) :: 2]
+        lanes = arguments["LANES"] / (arguments["LANES"] - 1)
+    return len(arguments["logits_ptr"]) * (rows.sum() * columns.sum()).item() * lanes
+
+
+def traffic(launch: Launch) -> int:
+    """Bytes of the tensors of a launch, each moved once; of a memory bank the rows that the indices name."""
+    arguments = launch.arguments
+    sizes = {key: value.nbytes for key, value in arguments.items() if isinstance(value, Tensor)}
+    if "bank_ptr" in sizes:
+        row = arguments["D"] * arguments["bank_ptr"].element_size()
+        sizes["bank_ptr"] = min(sizes["bank_ptr"], arguments["indices_ptr"].numel() * row)
+    return sum(sizes.values())
+
+
+def bound(launch: Launch, found: Cost) -> tuple[float, str]:
+    """Seconds that a launch takes an H200 at least, and what bounds it: issue, a unit, or the memory's bandwidth."""
+    warps = work(launch) / 32
+    seconds = {name: warps * cycles / CYCLES_PER_SECOND for name, cycles in found.cycles.items()}
+    seconds["issue"] = warps * found.instructions / CYCLES_PER_SECOND
+    seconds["bandwidth"] = traffic(launch) / BYTES_PER_SECOND
+    largest = max(seconds, key=seconds.get)
+    return seconds[largest], largest
 
 
 def tool(name: str, *arguments: object) -> str:
@@ -232,33 +334,60 @@ def class_loops(code: Disassembly) -> list[list[str]]:
     return [code.lines[start : end + 1] for start, end in spans]
 
 
+def name(line: str) -> str:
+    """Of an instruction, without its predicate and its modifiers."""
+    return re.sub(r"^@!?U?P\w+ ", "", line).split()[0].split(".")[0]
+
+
 def unrolled(body: list[str], pixels: int) -> int:
     """How many classes one turn of a loop handles: each pixel takes one maximum, or one exponential, or one comparison."""
-    names = [re.sub(r"^@!?U?P\w+ ", "", line).split()[0].split(".")[:2] for line in body]
-    marks = (sum(name[0] == "FMNMX" for name in names), sum(name == ["MUFU", "EX2"] for name in names))
+    marks = (sum(name(line) == "FMNMX" for line in body), sum("MUFU.EX2" in line for line in body))
     return max(max(marks) // pixels, 1)
+
+
+def launches_of(use: Use, target: str) -> dict[str, Launch]:
+    """Name in the table -> the launches of a call, without those of a variant that the call has launched before."""
+    with dry_run(target) as launches:
+        use.call()
+    found = {}
+    for launch in launches:
+        if not any(launch.compiled is other.compiled for other in found.values()):
+            number = sum(launch.kernel == other.kernel for other in found.values())
+            found[f"{launch.kernel.removesuffix('_kernel')}{f' {number + 1}' if number else ''}"] = launch
+    return found
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description="Registers, memory and instructions of the kernels, without a GPU.")
     parser.add_argument("--target", choices=list(TARGETS), default="sm_90", help="architecture (default: %(default)s)")
-    parser.add_argument(
-        "--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="of the logits (default: %(default)s)"
-    )
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of the logits (default: %(default)s)")
     args = parser.parse_args()
-    print(f"{args.target}, {args.dtype} logits, Triton {triton.__version__}; bound: issue time on an H200, batch of 8")
-    if TARGETS[args.target].backend != "cuda":
-        for case in cases(args.dtype):
-            compile_case(case, args.target)
-            print(f"{case.name:34} compiles")
-        return
-    print(f"{'kernel':34}{'registers':>10}{'spilled':>9}{'stack':>7}{'shared':>8}{'instructions':>14}{'bound (us)':>12}")
-    for case in cases(args.dtype):
-        found = cost(case, args.target)
-        bound = f"{1e6 * case.work / 32 * found.instructions / ISSUED_PER_SECOND:.1f}" if case.work else "-"
-        count = f"{found.instructions:.1f}" if case.work else "-"
-        print(f"{case.name:34}{found.registers:>10}{found.spilled:>9}{found.stack:>7}{found.shared:>8}{count:>14}{bound:>12}")
+    target, cuda = args.target, TARGETS[args.target].backend == "cuda"
+    print(f"{target}, {args.dtype} logits, Triton {triton.__version__}; bound: of a launch on an H200, an estimate")
+    if cuda:
+        head = f"{'registers':>10}{'spilled':>9}{'stack':>7}{'shared':>8}{'instructions':>14}{'bound (us)':>12}  by"
+        print(f"{'call':34}{'kernel':16}{head}")
+    seen = []
+    for use in uses(DTYPES[args.dtype], SHAPES if cuda else SHAPES[:1]):
+        for kernel, launch in launches_of(use, target).items():
+            if any(launch.compiled is other for other in seen):
+                continue
+            seen.append(launch.compiled)
+            print(f"{use.name:34}{kernel:16}" + (row(launch, target) if cuda else "compiles"))
+
+
+def row(launch: Launch, target: str) -> str:
+    """The numbers of a launch; the bound for sm_90 only."""
+    found = cost(launch)
+    text = f"{found.registers:>10}{found.spilled:>9}{found.stack:>7}{found.shared:>8}"
+    if not work(launch):
+        return text + f"{'-':>14}{'-':>12}  -"
+    text += f"{found.instructions:>14.1f}"
+    if target != "sm_90":
+        return text + f"{'-':>12}  -"
+    seconds, what = bound(launch, found)
+    return text + f"{1e6 * seconds:>12.1f}  {what}"
 
 
 if __name__ == "__main__":

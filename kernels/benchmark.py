@@ -84,7 +84,8 @@ class Op(NamedTuple):
 def with_gradient(loss: Callable[..., Tensor], variable: Tensor, *inputs: Tensor, **options) -> tuple[Tensor, Tensor]:
     """Loss, and the gradient of its sum."""
     value = loss(variable, *inputs, **options)
-    return value.detach(), *torch.autograd.grad(value.sum(), variable)
+    total = value if value.ndim == 0 else value.sum()
+    return value.detach(), *torch.autograd.grad(total, variable)
 
 
 def contrast_inputs(classes: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:

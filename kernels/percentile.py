@@ -93,8 +93,8 @@ def count_kernel(
     else:
         before = tl.zeros([], tl.uint32)
         counts = tl.zeros([BINS], tl.int32)
-        # Not unrolled: a histogram is a long program, and one copy of it does.
-        for i in range(Q):
+        # Unrolled: in a loop the compiler keeps what the histograms share in registers, 197 instead of 108.
+        for i in tl.static_range(Q):
             found = tl.load(state_ptr + 4 * i).to(tl.uint32, bitcast=True)
             slot = counts_ptr + (PASS * Q + i) * BINS
             counted = valid & ((key >> (32 - 8 * PASS)) == found)
@@ -269,7 +269,7 @@ def drop_unreliable_kernel(
     entropy_ptr,  # (n,)
     threshold_ptr,  # ()
     result_ptr,  # (n,)
-    kept_ptr,  # (programs,) int32
+    kept_ptr,  # (programs,) int64
     n,
     IGNORE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -280,7 +280,8 @@ def drop_unreliable_kernel(
     entropy = tl.load(entropy_ptr + at, mask=at < n, other=0.0).to(tl.float32)
     label = tl.where(entropy >= tl.load(threshold_ptr).to(tl.float32), IGNORE, label)
     tl.store(result_ptr + at, label.to(result_ptr.dtype.element_ty), mask=at < n)
-    tl.store(kept_ptr + tl.program_id(0), tl.sum(((at < n) & (label != IGNORE)).to(tl.int32), 0))
+    kept = tl.sum(((at < n) & (label != IGNORE)).to(tl.int32), 0)
+    tl.store(kept_ptr + tl.program_id(0), kept.to(tl.int64))
 
 
 @on_its_device
@@ -290,7 +291,7 @@ def launch_drop(label: Tensor, entropy: Tensor, threshold: Tensor, ignore_index:
     n = label.numel()
     grid = (ceil_div(n, BLOCK),)
     result = torch.empty_like(label)
-    kept = torch.empty(grid, dtype=torch.int32, device=label.device)
+    kept = torch.empty(grid, dtype=torch.int64, device=label.device)  # the type of the sum: none to convert
     drop_unreliable_kernel[grid](label, entropy, threshold, result, kept, n, IGNORE=ignore_index, BLOCK=BLOCK)
     return result, kept.sum()
 

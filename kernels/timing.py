@@ -1,5 +1,6 @@
 """How `benchmark.py` times a function on a GPU or a CPU, and what it says of the machine."""
 
+import gc
 import statistics
 import subprocess
 import time
@@ -54,16 +55,26 @@ def time_gpu(function: Callable, capture: bool, milliseconds: int = 100) -> Timi
     """
     import triton
 
+    peak = peak_gpu(function)
+    median, low, high = (ms / 1e3 for ms in triton.testing.do_bench(function, rep=milliseconds, quantiles=[0.5, 0.2, 0.8]))
+    graph = triton.testing.do_bench_cudagraph(function, return_mode="median") / 1e3 if capture else None
+    return Timing(median, low, high, graph, peak)
+
+
+def peak_gpu(function: Callable) -> int:
+    """Bytes on the GPU that a call has allocated at its peak, beyond what was there before; after a call to warm up.
+
+    That call may leave garbage behind, a graph of autograd for instance, that waits to be collected. Freed during the second
+    call, it would hide as many bytes of that one's.
+    """
     function()
     torch.cuda.synchronize()
+    gc.collect()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     function()
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    median, low, high = (ms / 1e3 for ms in triton.testing.do_bench(function, rep=milliseconds, quantiles=[0.5, 0.2, 0.8]))
-    graph = triton.testing.do_bench_cudagraph(function, return_mode="median") / 1e3 if capture else None
-    return Timing(median, low, high, graph, peak)
+    return torch.cuda.max_memory_allocated() - before
 
 
 def time_cpu(function: Callable, repeats: int = 9) -> Timing:
