@@ -1,18 +1,22 @@
-"""Compile the kernels ahead of time and read off what they cost: `python -m kernels.aot [--target sm_90]`. Needs no GPU.
+"""Compile the kernels ahead of time and read off what they cost, without a GPU.
 
-The public functions are called with the shapes of the presets, on empty tensors in the host's memory. Their launches do not
-run: each is compiled as it would be on a GPU of the target, and listed once. One row a compiled kernel: registers a thread,
-bytes spilled to local memory, stack, shared memory, and how many instructions a warp issues for each of its pixels and classes
-(for kernels over a flat map: for each value; for the contrast: for each negative). These come from the disassembled cubin: the
-bodies of the loops over the classes, divided by the pixels of a lane and by how often the compiler unrolled the loop, or for
-kernels without a loop the whole program.
+    python -m kernels.aot [--target sm_90] [--dtype bf16]
 
-For sm_90 the last columns bound a launch's time on an H200 from below: the largest of the time to issue the instructions, the
-time for which they keep each of the arithmetic units busy, and the time to move the tensors once; and which of these it is.
-The bound counts a lane's empty places: a cell of 128 -> 512 has 16 pixels, in 20 places. It leaves out the instructions
-outside the loops over the classes (some 3 a pixel and class), most lanes that idle, whatever does not overlap, and the
-launches around the kernel. It takes the clock to be 1.755 GHz: at 1.98 GHz, to which an H200 may boost, all but the bound of
-the bandwidth is 11 % lower. It is an estimate, not a measurement.
+The public functions are called with the shapes of the presets, on empty tensors in the host's
+memory. Their launches do not run: each is compiled as it would be on a GPU of the target, and
+listed once. One row a compiled kernel: registers a thread, bytes spilled to local memory, stack,
+shared memory, and how many instructions a warp issues for each of its pixels and classes (for
+kernels over a flat map: for each value; for the contrast: for each negative). These come from the
+disassembled cubin: the bodies of the loops over the classes, divided by the pixels of a lane and by
+how often the compiler unrolled the loop, or for kernels without a loop the whole program.
+
+For sm_90 the last columns bound a launch's time on an H200 from below: the largest of the time to
+issue the instructions, the time for which they keep each of the arithmetic units busy, and the time
+to move the tensors once; and which of these it is. The bound counts a lane's empty places: a cell
+of 128 -> 512 has 16 pixels, in 20 places. It leaves out the instructions outside the loops over the
+classes (some 3 a pixel and class), most lanes that idle, whatever does not overlap, and the
+launches around the kernel. It takes the clock to be 1.755 GHz: at 1.98 GHz, to which an H200 may
+boost, all but the bound of the bandwidth is 11 % lower. It is an estimate, not a measurement.
 """
 
 import argparse
@@ -42,16 +46,26 @@ TARGETS = {
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# (batch, classes, nodes, outputs): VOC and Cityscapes, each at an odd crop and at the even one of CPS; CamVid.
-SHAPES = [(8, 21, 129, 513), (8, 21, 128, 512), (4, 19, 193, 769), (4, 19, 200, 800), (8, 11, 81, 321)]
+# (batch, classes, nodes, outputs): VOC and Cityscapes, each at an odd crop and at the even one of
+# CPS; CamVid.
+SHAPES = [
+    (8, 21, 129, 513),
+    (8, 21, 128, 512),
+    (4, 19, 193, 769),
+    (4, 19, 200, 800),
+    (8, 11, 81, 321),
+]
 
 BYTES_PER_SECOND = 4.8e12  # memory bandwidth in NVIDIA's data sheet of the H200
-CYCLES_PER_SECOND = 132 * 4 * 1.755e9  # of an H200's 132 multiprocessors, each with 4 schedulers that issue one a cycle
+CYCLES_PER_SECOND = (
+    132 * 4 * 1.755e9
+)  # of an H200's 132 multiprocessors, each with 4 schedulers that issue one a cycle
 
-# Instruction -> the unit of its scheduler that it keeps busy, and for how many cycles; all others are comparisons, moves and
-# integer operations, 2 cycles. A multiprocessor of sm_90 does 128 float multiply-adds, 64 integer ones, 64 comparisons or
-# integer operations, or 16 exponentials a cycle, that is 4, 2, 2 and 0.5 warps.
-# Source: CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions", compute capability 9.0.
+# Instruction -> the unit of its scheduler that it keeps busy, and for how many cycles; all others are
+# comparisons, moves and integer operations, 2 cycles. A multiprocessor of sm_90 does 128 float
+# multiply-adds, 64 integer ones, 64 comparisons or integer operations, or 16 exponentials a cycle,
+# that is 4, 2, 2 and 0.5 warps.
+# Source: CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions", capability 9.0.
 UNITS = {
     "FFMA": ("multiply-add", 1),
     "FADD": ("multiply-add", 1),
@@ -60,9 +74,11 @@ UNITS = {
     "MUFU": ("exponential", 8),
 }
 OTHERS = ("compare", 2)
-# First letters of what loads, stores, exchanges, jumps or waits, or belongs to the unit for whole warps.
+# First letters of what loads, stores, exchanges, jumps or waits, or belongs to the unit for whole
+# warps.
 NO_ARITHMETIC = (
-    "LD", "ST", "SHFL", "ATOM", "RED", "BRA", "BSYNC", "BSSY", "BAR", "WARPSYNC", "U", "S2", "EXIT", "CALL",
+    "LD", "ST", "SHFL", "ATOM", "RED", "BRA", "BSYNC", "BSSY", "BAR", "WARPSYNC", "U", "S2", "EXIT",
+    "CALL",
 )  # fmt: skip
 
 
@@ -79,7 +95,7 @@ class Use(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A launch that did not run: the kernel's name, what Triton compiled, the grid, the arguments by name."""
+    """A launch that did not run: the kernel's name, what Triton compiled, the grid, the arguments."""
 
     kernel: str
     compiled: object
@@ -108,7 +124,11 @@ class NoGPU:
 
 @contextmanager
 def dry_run(target: str) -> Iterator[list[Launch]]:
-    """Inside, tensors in the host's memory are taken for the GPU's; launches are compiled for `target` and listed, not run."""
+    """Inside, the launches of the public functions are compiled for `target` and listed, not run.
+
+    Tensors in the host's memory are taken for the GPU's. For kernels that are compiled, that is where
+    TRITON_INTERPRET has not been set when `kernels` was imported.
+    """
     launches = []
     run = JITFunction.run
 
@@ -123,13 +143,18 @@ def dry_run(target: str) -> Iterator[list[Launch]]:
     with (
         mock.patch.object(triton.runtime.driver, "_active", NoGPU(target)),
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),  # so that the kernels are chosen for the host's tensors, too
+        mock.patch.dict(
+            os.environ, TRITON_INTERPRET="1"
+        ),  # so that the kernels are chosen for the host's tensors, too
     ):
         yield launches
 
 
 def uses(dtype: torch.dtype, shapes: list[tuple[int, int, int, int]] = SHAPES) -> list[Use]:
-    """The calls that the table shows: all options at the first two shapes, at the others what the scripts use."""
+    """The calls that the table shows.
+
+    All options at the first two shapes, at the others what the scripts use.
+    """
     found = []
     for index, (n, classes, nodes, outputs) in enumerate(shapes):
         found += uses_at(dtype, n, classes, nodes, outputs, every=index < 2)
@@ -138,7 +163,11 @@ def uses(dtype: torch.dtype, shapes: list[tuple[int, int, int, int]] = SHAPES) -
         call = with_backward(cross_entropy, logits, target)
         found.append(Use(f"full size, {classes} classes", call))
 
-    values, valid, label = torch.empty(8, 513, 513), torch.ones(8, 513, 513, dtype=torch.bool), inputs(dtype, 8, 2, 1, 513)[1]
+    values, valid, label = (
+        torch.empty(8, 513, 513),
+        torch.ones(8, 513, 513, dtype=torch.bool),
+        inputs(dtype, 8, 2, 1, 513)[1],
+    )
     queries = [5.0, 20.0, 40.0, 60.0, 80.0, 95.0]
     found.append(Use("percentile, 6 queries", lambda: masked_percentile(values, valid, queries)))
     found.append(Use("drop_unreliable", lambda: drop_unreliable(label, values, 0.5)))
@@ -146,13 +175,18 @@ def uses(dtype: torch.dtype, shapes: list[tuple[int, int, int, int]] = SHAPES) -
         anchors = torch.empty(19, 256, width, dtype=dtype).requires_grad_()
         bank = torch.empty(19, 30_000, width, dtype=torch.float16)
         positives = torch.empty(19, width)
-        rows, order = torch.zeros(19, 256, 50, dtype=torch.int32), torch.zeros(19, dtype=torch.int32)
+        rows, order = (
+            torch.zeros(19, 256, 50, dtype=torch.int32),
+            torch.zeros(19, dtype=torch.int32),
+        )
         call = with_backward(memory_contrast, anchors, positives, bank, rows, order)
         found.append(Use(f"memory_contrast, {width} features", call))
     return found
 
 
-def uses_at(dtype: torch.dtype, n: int, classes: int, nodes: int, outputs: int, every: bool) -> list[Use]:
+def uses_at(
+    dtype: torch.dtype, n: int, classes: int, nodes: int, outputs: int, every: bool
+) -> list[Use]:
     """The calls on interpolated logits of one shape."""
     logits, target = inputs(dtype, n, classes, nodes, outputs)
     size, shape = (outputs, outputs), f"{nodes}->{outputs}"
@@ -167,19 +201,26 @@ def uses_at(dtype: torch.dtype, n: int, classes: int, nodes: int, outputs: int, 
         maps = {"with_confidence": True, "with_entropy": True}
         found += [
             Use(f"  and confidence {shape}", lambda: pseudo_label(logits, size, **maps)),
-            Use(f"cross_entropy, weighted {shape}", with_backward(cross_entropy, logits, target, **weights)),
+            Use(
+                f"cross_entropy, weighted {shape}",
+                with_backward(cross_entropy, logits, target, **weights),
+            ),
             Use(f"  without gradient {shape}", lambda: cross_entropy(logits.detach(), target)),
         ]
     return found
 
 
-def inputs(dtype: torch.dtype, n: int, classes: int, nodes: int, outputs: int) -> tuple[Tensor, Tensor]:
+def inputs(
+    dtype: torch.dtype, n: int, classes: int, nodes: int, outputs: int
+) -> tuple[Tensor, Tensor]:
     """Logits with gradient, whose values nobody reads, and labels."""
     logits = torch.empty(n, classes, nodes, nodes, dtype=dtype).requires_grad_()
     return logits, torch.zeros(n, outputs, outputs, dtype=torch.uint8)
 
 
-def with_backward(loss: Callable[..., Tensor], variable: Tensor, *others: Tensor, **options) -> Callable[[], object]:
+def with_backward(
+    loss: Callable[..., Tensor], variable: Tensor, *others: Tensor, **options
+) -> Callable[[], object]:
     """A call of `loss` and of its backward pass."""
     return lambda: torch.autograd.grad(loss(variable, *others, **options).sum(), variable)
 
@@ -189,7 +230,7 @@ class Cost(NamedTuple):
 
     Attributes:
         registers, spilled, stack, shared: registers a thread; the others in bytes.
-        instructions: issued for each pixel and class (or value, or negative), by a warp for 32 of them.
+        instructions: issued for each pixel and class (or value, or negative), by a warp for 32 at once.
         cycles: for which the same keep each unit of `UNITS` busy.
     """
 
@@ -208,7 +249,9 @@ def cost(launch: Launch) -> Cost:
         cubin.write_bytes(launch.compiled.asm["cubin"])
         usage = tool("cuobjdump", "--dump-resource-usage", cubin)
         code = disassembled(tool("nvdisasm", "-c", cubin))
-    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    registers, stack, local = (
+        int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
+    )
     shared = launch.compiled.metadata.shared
     counts = instructions(launch, code)
     cycles = dict.fromkeys(("multiply-add", "compare", "exponential"), 0.0)
@@ -220,7 +263,10 @@ def cost(launch: Launch) -> Cost:
 
 
 def places(launch: Launch) -> int:
-    """Pixels (or negatives) that a lane (or a warp) handles in each turn of a loop; 0 for a kernel without such loops."""
+    """Pixels (or negatives) that a lane (or a warp) handles in each turn of a loop.
+
+    0 for a kernel without loops over classes or negatives.
+    """
     arguments = launch.arguments
     if "ROWS" in arguments:
         return arguments["ROWS"] * arguments["COLUMNS"]
@@ -230,7 +276,7 @@ def places(launch: Launch) -> int:
 
 
 def instructions(launch: Launch, code: "Disassembly") -> dict[str, float]:
-    """How many instructions of each name a warp issues for each pixel and class (or value, or negative)."""
+    """How many instructions of each name a warp issues for each unit of `work`."""
     counts = dict.fromkeys((name(line) for line in code.lines), 0.0)
     count = places(launch)
     if count:
@@ -240,17 +286,21 @@ def instructions(launch: Launch, code: "Disassembly") -> dict[str, float]:
         return counts
 
     arguments = launch.arguments
-    of_lane = arguments["C"] if "KEEP" in arguments else arguments.get("BLOCK", 1) / (32 * arguments.get("num_warps", 4))
+    of_lane = (
+        arguments["C"]
+        if "KEEP" in arguments
+        else arguments.get("BLOCK", 1) / (32 * arguments.get("num_warps", 4))
+    )
     for line in code.lines:
         counts[name(line)] += 1 / of_lane
     return counts
 
 
 def work(launch: Launch) -> float:
-    """Pixels times classes (or values, or 32 times negatives) that the lanes of a launch handle, idle ones included.
+    """Pixels times classes (or values, or 32 times negatives) that the lanes of a launch handle.
 
-    0 where the code's length says nothing of the time: for the small kernels, and for the percentile's later passes, whose
-    code holds two branches of which a block takes one.
+    0 where the code's length says nothing of the time: for the small kernels, and for the percentile's
+    later passes, whose code holds two branches of which a block takes one.
     """
     arguments = launch.arguments
     programs = launch.grid[0] * (launch.grid[1] if len(launch.grid) > 1 else 1)
@@ -267,7 +317,7 @@ def work(launch: Launch) -> float:
 
 
 def cell_parts(arguments: dict[str, object]) -> float:
-    """How many parts of cells the lanes pass over: of each cell as many as its rows and columns of pixels fill."""
+    """How many parts of cells the lanes pass over: of each as many as its pixels fill."""
     rows, columns = (
         torch.ceil(arguments[f"first_{axis}_ptr"].diff() / arguments[constant])
         for axis, constant in (("y", "ROWS"), ("x", "COLUMNS"))
@@ -280,7 +330,7 @@ def cell_parts(arguments: dict[str, object]) -> float:
 
 
 def traffic(launch: Launch) -> int:
-    """Bytes of the tensors of a launch, each moved once; of a memory bank the rows that the indices name."""
+    """Bytes of a launch's tensors, each moved once; of a memory bank the rows that the indices name."""
     arguments = launch.arguments
     sizes = {key: value.nbytes for key, value in arguments.items() if isinstance(value, Tensor)}
     if "bank_ptr" in sizes:
@@ -290,7 +340,7 @@ def traffic(launch: Launch) -> int:
 
 
 def bound(launch: Launch, found: Cost) -> tuple[float, str]:
-    """Seconds that a launch takes an H200 at least, and what bounds it: issue, a unit, or the memory's bandwidth."""
+    """Seconds that a launch takes an H200 at least, and why: issue, a unit, or the bandwidth."""
     warps = work(launch) / 32
     seconds = {name: warps * cycles / CYCLES_PER_SECOND for name, cycles in found.cycles.items()}
     seconds["issue"] = warps * found.instructions / CYCLES_PER_SECOND
@@ -301,7 +351,9 @@ def bound(launch: Launch, found: Cost) -> tuple[float, str]:
 
 def tool(name: str, *arguments: object) -> str:
     """Output of one of the CUDA tools that come with Triton."""
-    return subprocess.run([TOOLS / name, *map(str, arguments)], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [TOOLS / name, *map(str, arguments)], capture_output=True, text=True, check=True
+    ).stdout
 
 
 class Disassembly(NamedTuple):
@@ -340,34 +392,48 @@ def name(line: str) -> str:
 
 
 def unrolled(body: list[str], pixels: int) -> int:
-    """How many classes one turn of a loop handles: each pixel takes one maximum, or one exponential, or one comparison."""
+    """How many classes one turn of a loop handles: each pixel takes one maximum or one exponential."""
     marks = (sum(name(line) == "FMNMX" for line in body), sum("MUFU.EX2" in line for line in body))
     return max(max(marks) // pixels, 1)
 
 
 def launches_of(use: Use, target: str) -> dict[str, Launch]:
-    """Name in the table -> the launches of a call, without those of a variant that the call has launched before."""
+    """Name in the table -> the launches of a call, each compiled variant once."""
     with dry_run(target) as launches:
         use.call()
     found = {}
     for launch in launches:
         if not any(launch.compiled is other.compiled for other in found.values()):
             number = sum(launch.kernel == other.kernel for other in found.values())
-            found[f"{launch.kernel.removesuffix('_kernel')}{f' {number + 1}' if number else ''}"] = launch
+            found[
+                f"{launch.kernel.removesuffix('_kernel')}{f' {number + 1}' if number else ''}"
+            ] = launch
     return found
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description="Registers, memory and instructions of the kernels, without a GPU.")
-    parser.add_argument("--target", choices=list(TARGETS), default="sm_90", help="architecture (default: %(default)s)")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of the logits (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description="Registers, memory and instructions of the kernels, without a GPU."
+    )
+    parser.add_argument(
+        "--target",
+        choices=list(TARGETS),
+        default="sm_90",
+        help="architecture (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), default="bf16", help="of the logits (default: %(default)s)"
+    )
     args = parser.parse_args()
     target, cuda = args.target, TARGETS[args.target].backend == "cuda"
-    print(f"{target}, {args.dtype} logits, Triton {triton.__version__}; bound: of a launch on an H200, an estimate")
+    print(
+        f"{target}, {args.dtype} logits, Triton {triton.__version__}; "
+        "bound: of a launch on an H200, an estimate"
+    )
     if cuda:
-        head = f"{'registers':>10}{'spilled':>9}{'stack':>7}{'shared':>8}{'instructions':>14}{'bound (us)':>12}  by"
-        print(f"{'call':34}{'kernel':16}{head}")
+        head = f"{'call':34}{'kernel':16}{'registers':>10}{'spilled':>9}{'stack':>7}{'shared':>8}"
+        print(head + f"{'instructions':>14}{'bound (us)':>12}  by")
     seen = []
     for use in uses(DTYPES[args.dtype], SHAPES if cuda else SHAPES[:1]):
         for kernel, launch in launches_of(use, target).items():

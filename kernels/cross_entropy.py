@@ -7,9 +7,14 @@
 Plain PyTorch (interpolate, cross_entropy, backward) reads and writes N x C x H x W tensors about nine times: 1.5 GB for
 8 x 21 x 513 x 513. The kernel's two launches read the logits (at stride 4 a sixteenth of that) three times each, the labels
 once in all, and both write the float32 gradient of the logits: 19 MB if the caches hold what is read again, 69 MB if they hold
-nothing, and 17 MB more to scale the gradient in the backward pass. It is bound by instructions instead: two exponentials and
-about 22 instructions a pixel and class. (`python -m kernels.aot`, sm_90: 98 registers for 129 -> 513, 127 for 128 -> 512,
-nothing spilled; to issue the instructions for a batch of 8 takes an H200 at least 32 and 41 µs. No run yet.)
+nothing. Around them, bfloat16 logits that come as channels_last, as the networks give them, are copied
+to planes (11 MB), and the backward pass scales the gradient (17 MB): 47 to 97 MB in all. A third launch
+adds up the programs' sums.
+
+It is bound by instructions instead: two exponentials and about 22 instructions a pixel and class.
+(`python -m kernels.aot`, sm_90: 98 registers for 129 -> 513, 112 for 128 -> 512, nothing spilled; to
+issue the instructions of both launches for a batch of 8 takes an H200 at least 34 and 42 µs at
+1.755 GHz. No run yet.)
 
 Each lane owns a cell (see `interpolation.py`) and passes over the classes three times: for the maximum, for the sum of
 exponentials, and for the gradient, which it collapses to the cell's four corners. A node takes part in four cells. The left and
@@ -197,10 +202,13 @@ def launch(
     ignore_index: int,
     align_corners: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernel on the even, then on the odd rows of cells. Arguments as in `cross_entropy_reference`.
+    """Run the kernel on the even, then on the odd rows of cells.
+
+    Arguments as in `cross_entropy_reference`.
 
     Returns:
-        What `launch_sum` adds up, (2,N,programs,2) float64; gradient of the sum of weight · loss, (N,C,h,w).
+        What `launch_sum` adds up, (2,N,programs,2) float64; gradient of the sum of weight · loss,
+        (N,C,h,w).
     """
     (n, classes, h, w), size, dtype = logits.shape, tuple(target.shape[1:]), accumulator(logits.dtype)
     logits, target, pixel_weight, class_weight = (
@@ -211,17 +219,19 @@ def launch(
     if weighted:
         limit = register_limit(128)
     else:
-        # 112 instead of 127 registers: 18 programs share a multiprocessor instead of 16. So the 2168 programs of a batch of 8,
-        # 128 -> 512, fit the 132 multiprocessors of an H200 at once, instead of 2112 and then 56.
+        # 112 instead of 127 registers: 18 programs share a multiprocessor instead of 16. So the 2168
+        # programs of a batch of 8, 128 -> 512, fit the 132 multiprocessors of an H200 at once,
+        # instead of 2112 and then 56.
         limit = {} if walk.ratio else register_limit(112)
     gradient = logits.new_empty(logits.shape, dtype=dtype)
     grid = (ceil_div((h // 2 + 1) * (w + 1), CELL_LANES - 1), n)
     partial = logits.new_empty((2, n, grid[0], 2), dtype=torch.float64)
     for odd in (False, True):
         cross_entropy_kernel[grid](
-            logits, target, pixel_weight, class_weight, partial, gradient, *walk.tables, h, w, *size, C=classes,
-            IGNORE=ignore_index, ODD=odd, RATIO=walk.ratio, ROWS=walk.rows, COLUMNS=walk.columns, ROW_PARTS=walk.row_parts,
-            COLUMN_PARTS=walk.column_parts, ACC=tl_type(dtype), LANES=CELL_LANES, num_warps=1, **limit,
+            logits, target, pixel_weight, class_weight, partial, gradient, *walk.tables, h, w, *size,
+            C=classes, IGNORE=ignore_index, ODD=odd, RATIO=walk.ratio, ROWS=walk.rows,
+            COLUMNS=walk.columns, ROW_PARTS=walk.row_parts, COLUMN_PARTS=walk.column_parts,
+            ACC=tl_type(dtype), LANES=CELL_LANES, num_warps=1, **limit,
         )  # fmt: skip
     return partial, gradient
 
@@ -238,7 +248,7 @@ def cross_entropy_op(
     with_gradient: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> sum of weight · loss, divided by the sum of weight if `mean`; sum of weight; gradient of the undivided sum.
+    """-> loss and sum of weight, as `divide_by_weight` returns them; gradient of the undivided sum.
 
     The gradient is empty unless asked for.
     """
@@ -256,7 +266,7 @@ def cross_entropy_op(
 
 
 @cross_entropy_op.register_fake
-def _(logits, target, pixel_weight, class_weight, ignore_index, align_corners, mean, with_gradient, impl):
+def _(logits, target, pixel_weight, class_weight, ignore, align_corners, mean, with_gradient, impl):
     dtype = accumulator(logits.dtype)
     shape = logits.shape if with_gradient else (0,)
     return logits.new_empty((), dtype=dtype), logits.new_empty((), dtype=dtype), logits.new_empty(shape, dtype=dtype)
@@ -267,7 +277,8 @@ def keep_gradient(ctx, inputs, output) -> None:
     _, weight_sum, gradient = output
     ctx.dtype, ctx.mean = inputs[0].dtype, inputs[6]
     ctx.save_for_backward(weight_sum, gradient)
-    ctx.set_materialize_grads(False)  # or autograd makes zeros for the outputs without gradient, one as large as the logits
+    # Or autograd makes zeros for the outputs without gradient, one of them as large as the logits.
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(weight_sum, gradient)
 
 
@@ -278,7 +289,8 @@ def backward(ctx, upstream, _weight_sum, _gradient) -> tuple:
     weight_sum, gradient = ctx.saved_tensors
     if ctx.mean:
         upstream = upstream / weight_sum
-    return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=ctx.dtype)), *[None] * 8
+    result = torch.empty_like(gradient, dtype=ctx.dtype)
+    return torch.mul(gradient, upstream, out=result), *[None] * 8
 
 
 cross_entropy_op.register_autograd(backward, setup_context=keep_gradient)
@@ -320,13 +332,11 @@ def cross_entropy(
         raise ValueError(f"reduction {reduction!r}: mean, sum or none")
     if reduction == "none":
         return cross_entropy_map_op(logits.detach(), target, pixel_weight, class_weight, ignore_index, align_corners, impl)
-    mean = reduction == "mean"
+    inputs, mean = (logits, target, pixel_weight, class_weight, ignore_index), reduction == "mean"
     if logits.shape[2:] == target.shape[1:] and use_triton(impl, logits.device):
-        return cross_entropy_full_op(logits, target, pixel_weight, class_weight, ignore_index, mean)[0]
+        return cross_entropy_full_op(*inputs, mean)[0]
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
-    return cross_entropy_op(
-        logits, target, pixel_weight, class_weight, ignore_index, align_corners, mean, with_gradient, impl
-    )[0]
+    return cross_entropy_op(*inputs, align_corners, mean, with_gradient, impl)[0]
 
 
 def check_shapes(logits: Tensor, target: Tensor, pixel_weight: Tensor | None, class_weight: Tensor | None) -> None:

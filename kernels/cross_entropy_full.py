@@ -3,7 +3,7 @@
 PyTorch (log_softmax, nll_loss and their backward passes) moves the N x C x H x W tensor six times. Here the forward pass reads
 it once and keeps a log-sum-exp a pixel; the backward pass reads it again and writes the gradient: three times in all. Logits
 that are not contiguous (channels_last) are copied first, in each of the two passes.
-sm_90, 21 classes: 40 and 22 registers, nothing spilled, 18 and 19 instructions a pixel and class; the traffic bounds it.
+sm_90, 21 classes: 40 and 40 registers, nothing spilled, 18 and 20 instructions a pixel and class; the traffic bounds it.
 Equations, arguments and reference as in `cross_entropy.py`.
 """
 
@@ -37,9 +37,10 @@ def full_size_kernel(
 ):
     """Logits at the target's own size, one lane a pixel: the loss going forward, or with `gradient_ptr` the gradient.
 
-    KEEP holds all classes of a pixel in registers. Going forward they are read once instead of twice. Going backward they
-    are all read before the first gradient is written: as the compiler cannot know that these do not overlap, it moves no
-    load above a store, and a lane would wait for each of its classes in turn.
+    KEEP holds all classes of a pixel in registers. Going forward they are read once instead of twice.
+    Going backward they are all read before the first gradient is written: as the compiler cannot know
+    that these do not overlap, it moves no load above a store, and a lane would wait for each of its
+    classes in turn.
     """
     image = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * LANES + tl.arange(0, LANES)
@@ -122,7 +123,8 @@ def launch(
         weight_sum: (), what the sum of weight · loss has been divided by, or None where it has not.
 
     Returns:
-        Forward: what `launch_sum` adds up, (N,programs,2) float64. Backward: the gradient of the logits, in their type.
+        Forward: what `launch_sum` adds up, (N,programs,2) float64. Backward: the gradient of the
+        logits, in their type.
     """
     n, classes, h, w = logits.shape
     dtype = accumulator(logits.dtype)
@@ -133,17 +135,23 @@ def launch(
     partial = logits.new_empty((n, grid[0], 2), dtype=torch.float64) if upstream is None else None
     gradient = None if upstream is None else torch.empty_like(logits)
     full_size_kernel[grid](
-        logits, target, pixel_weight, class_weight, partial, denominator, upstream, weight_sum, gradient, h * w, C=classes,
-        IGNORE=ignore_index, KEEP=classes <= KEPT_CLASSES, ACC=tl_type(dtype), LANES=LANES, num_warps=LANES // 32,
+        logits, target, pixel_weight, class_weight, partial, denominator, upstream, weight_sum, gradient,
+        h * w, C=classes, IGNORE=ignore_index, KEEP=classes <= KEPT_CLASSES, ACC=tl_type(dtype),
+        LANES=LANES, num_warps=LANES // 32,
     )  # fmt: skip
     return partial if upstream is None else gradient
 
 
 @torch.library.custom_op("semiseg::cross_entropy_full", mutates_args=())
 def cross_entropy_full_op(
-    logits: Tensor, target: Tensor, pixel_weight: Tensor | None, class_weight: Tensor | None, ignore_index: int, mean: bool
+    logits: Tensor,
+    target: Tensor,
+    pixel_weight: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> sum of weight · loss, divided by the sum of weight if `mean`; sum of weight; log-sum-exp of each pixel."""
+    """-> loss and sum of weight, as `divide_by_weight` returns them; log-sum-exp of each pixel."""
     check_labels(target, logits.shape[1], ignore_index)
     dtype = accumulator(logits.dtype)
     denominator = logits.new_empty(target.shape, dtype=dtype)
@@ -169,12 +177,12 @@ def cross_entropy_full_backward_op(
     mean: bool,
 ) -> Tensor:
     """-> gradient of the logits, in their type."""
-    divided_by = weight_sum if mean else None
-    return launch(logits, target, pixel_weight, class_weight, ignore_index, denominator, upstream, divided_by)
+    inputs = (logits, target, pixel_weight, class_weight, ignore_index, denominator)
+    return launch(*inputs, upstream, weight_sum if mean else None)
 
 
 @cross_entropy_full_backward_op.register_fake
-def _(upstream, logits, target, pixel_weight, class_weight, weight_sum, denominator, ignore_index, mean):
+def _(upstream, logits, *others):
     return logits.new_empty(logits.shape)
 
 
@@ -191,7 +199,8 @@ def backward(ctx, upstream, _weight_sum, _denominator) -> tuple:
     """Make the gradient from the saved log-sum-exp."""
     if upstream is None:
         return (None,) * 6
-    return cross_entropy_full_backward_op(upstream, *ctx.saved_tensors, ctx.ignore_index, ctx.mean), *[None] * 5
+    inputs = (upstream, *ctx.saved_tensors, ctx.ignore_index, ctx.mean)
+    return cross_entropy_full_backward_op(*inputs), *[None] * 5
 
 
 cross_entropy_full_op.register_autograd(backward, setup_context=save)

@@ -183,7 +183,7 @@ def sum_kernel(
     BLOCK: tl.constexpr,
     TURNS: tl.constexpr,  # count / BLOCK, rounded up
 ):
-    """Add up what the programs of a cross-entropy have left, in a fixed order; one program does it all."""
+    """Add up what the programs of a cross-entropy have left, in one program and a fixed order."""
     losses = tl.zeros([BLOCK], tl.float64)
     weights = tl.zeros([BLOCK], tl.float64)
     for turn in range(TURNS):
@@ -200,7 +200,7 @@ def sum_kernel(
 
 
 def launch_sum(partial: Tensor, mean: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Run the kernel: (...,2) float64 partial sums -> loss, sum of weights, as `divide_by_weight` returns them."""
+    """Run the kernel: (...,2) float64 partial sums -> what `divide_by_weight` returns."""
     loss, weight = partial.new_empty((), dtype=dtype), partial.new_empty((), dtype=dtype)
     count = partial.numel() // 2
     sum_kernel[(1,)](
@@ -211,7 +211,7 @@ def launch_sum(partial: Tensor, mean: bool, dtype: torch.dtype) -> tuple[Tensor,
 
 
 def divide_by_weight(loss_sum: Tensor, weight_sum: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
-    """-> the loss, and the sum of weights; for the mean this one is made large enough to divide by: 0 / 0 is 0 here."""
+    """-> the loss, and the sum of weights, for the mean made large enough to divide by: 0 / 0 is 0."""
     if not mean:
         return loss_sum, weight_sum
     weight_sum = weight_sum.clamp_min(torch.finfo(weight_sum.dtype).tiny)
@@ -231,7 +231,8 @@ def launch_forward(
     """Run the kernel. Arguments as in `cross_entropy_reference`.
 
     Returns:
-        What `launch_sum` adds up: (N,parts,programs,2) float64. None where `loss_map` takes the losses instead.
+        What `launch_sum` adds up: (N,parts,programs,2) float64. None where `loss_map` takes the
+        losses instead.
     """
     (n, classes, h, w), size, dtype = logits.shape, tuple(target.shape[1:]), accumulator(logits.dtype)
     logits, target, pixel_weight, class_weight = (
@@ -239,11 +240,13 @@ def launch_forward(
     )
     walk = plan(logits, size, align_corners, max_pixels=20)
     grid = (ceil_div((h + 1) * (w + 1), CELL_LANES), n, walk.row_parts * walk.column_parts)
-    partial = logits.new_empty((n, grid[2], grid[0], 2), dtype=torch.float64) if loss_map is None else None
+    partial = None
+    if loss_map is None:
+        partial = logits.new_empty((n, grid[2], grid[0], 2), dtype=torch.float64)
     forward_kernel[grid](
-        logits, target, pixel_weight, class_weight, loss_map, partial, *walk.tables, h, w, *size, C=classes,
-        IGNORE=ignore_index, RATIO=walk.ratio, ROWS=walk.rows, COLUMNS=walk.columns, COLUMN_PARTS=walk.column_parts,
-        ACC=tl_type(dtype), LANES=CELL_LANES, num_warps=1,
+        logits, target, pixel_weight, class_weight, loss_map, partial, *walk.tables, h, w, *size,
+        C=classes, IGNORE=ignore_index, RATIO=walk.ratio, ROWS=walk.rows, COLUMNS=walk.columns,
+        COLUMN_PARTS=walk.column_parts, ACC=tl_type(dtype), LANES=CELL_LANES, num_warps=1,
     )  # fmt: skip
     return partial
 

@@ -100,12 +100,12 @@ def on_its_device(launch: Callable) -> Callable:
 
 
 def register_limit(registers: int) -> dict[str, int]:
-    """Launch option: the most registers a lane may take. NVIDIA's compiler knows it, AMD's does not."""
+    """Launch option: the most registers a lane may take. Triton has it for NVIDIA's GPUs only."""
     return {} if torch.version.hip else {"maxnreg": registers}
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up. Called from the host, `triton.cdiv` takes ten times as long."""
+    """a / b, rounded up. `triton.cdiv` takes several times as long when the host calls it."""
     return -(-a // b)
 
 

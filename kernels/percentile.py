@@ -9,7 +9,8 @@ The usual way copies the map to the host for `numpy.percentile`, or sorts it: n 
 bits, with the sign handled, are an unsigned key of the same order. Four passes each count one byte of the keys that share
 the bytes found so far, in 256 bins, and descend into the bin that holds rank k. v[k+1] is v[k] again if more values equal it,
 else the smallest value above, found in a fifth pass. Counts and minima are integers: the result is the same from run to run.
-sm_90: 47, 108 and 40 registers in the first, middle and last passes, nothing spilled; not yet run on a GPU.
+sm_90: 47, 108 and 38 registers in the first, middle and last passes, nothing spilled; not yet run on
+a GPU.
 Several percentiles share the passes; in ascending order, those that agree in their first bytes also share the counting.
 """
 
@@ -93,7 +94,7 @@ def count_kernel(
     else:
         before = tl.zeros([], tl.uint32)
         counts = tl.zeros([BINS], tl.int32)
-        # Unrolled: in a loop the compiler keeps what the histograms share in registers, 197 instead of 108.
+        # Unrolled: in a loop the compiler keeps what the histograms share, in 197 registers for 108.
         for i in tl.static_range(Q):
             found = tl.load(state_ptr + 4 * i).to(tl.uint32, bitcast=True)
             slot = counts_ptr + (PASS * Q + i) * BINS
@@ -112,7 +113,7 @@ def count_kernel(
 def descend_kernel(
     q_ptr,  # (Q,) float64
     counts_ptr,  # (4,Q,BINS) int32
-    state_ptr,  # (Q,4) int32: bytes found so far; rank among the keys that share them; how many these are; see below
+    state_ptr,  # (Q,4) int32: bytes found so far; rank among the keys that share them; how many; see below
     Q: tl.constexpr,
     PASS: tl.constexpr,
 ):
@@ -142,7 +143,7 @@ def descend_kernel(
 def successor_kernel(
     values_ptr,  # (n,) float32
     valid_ptr,  # (n,) uint8
-    state_ptr,  # (Q,4) int32: the key of rank k; and in the last column, found here: smallest key above, less 2^31
+    state_ptr,  # (Q,4) int32: the key of rank k; in the last column, to find: smallest key above, less 2^31
     n,
     Q: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -216,7 +217,7 @@ def _(values, valid_mask, q, impl):
 
 
 def on_device(numbers: list[float], device: torch.device) -> Tensor:
-    """(Q,) float64, without a copy from the host, for which a GPU's stream would have to be waited for.
+    """(Q,) float64, without a copy from the host, which would have to wait for the GPU.
 
     The numbers travel as arguments of a kernel, all of them in one launch.
     """
@@ -291,7 +292,7 @@ def launch_drop(label: Tensor, entropy: Tensor, threshold: Tensor, ignore_index:
     n = label.numel()
     grid = (ceil_div(n, BLOCK),)
     result = torch.empty_like(label)
-    kept = torch.empty(grid, dtype=torch.int64, device=label.device)  # the type of the sum: none to convert
+    kept = torch.empty(grid, dtype=torch.int64, device=label.device)  # as the sum: nothing to convert
     drop_unreliable_kernel[grid](label, entropy, threshold, result, kept, n, IGNORE=ignore_index, BLOCK=BLOCK)
     return result, kept.sum()
 

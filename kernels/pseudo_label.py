@@ -7,7 +7,7 @@ classes suffice, one for the maximum and one for both sums, at one exponential a
 
 PyTorch interpolates to an N x C x H x W tensor and reads or writes it two times for the label alone, about eight times for all
 three. The kernel reads the logits twice and writes the maps: 9 bytes a pixel. One lane owns a cell (see `interpolation.py`).
-sm_90, 129 -> 513: 96 registers, nothing spilled, 13 instructions a pixel and class (label alone: 64 and 6), at least 19 µs for
+sm_90, 129 -> 513: 96 registers, nothing spilled, 13 instructions a pixel and class (label alone: 64 and 6), at least 20 µs for
 a batch of 8 on an H200; not yet run on one.
 """
 
@@ -188,9 +188,10 @@ def launch(
     walk = plan(logits, size, align_corners, max_pixels=20)
     grid = (ceil_div((h + 1) * (w + 1), CELL_LANES), n, walk.row_parts * walk.column_parts)
     pseudo_label_kernel[grid](
-        logits, label, confidence if with_confidence else None, entropy if with_entropy else None, *walk.tables, h, w, *size,
-        C=classes, RATIO=walk.ratio, ROWS=walk.rows, COLUMNS=walk.columns, COLUMN_PARTS=walk.column_parts,
-        ACC=tl_type(accumulator(logits.dtype)), LANES=CELL_LANES, num_warps=1,
+        logits, label, confidence if with_confidence else None, entropy if with_entropy else None,
+        *walk.tables, h, w, *size, C=classes, RATIO=walk.ratio, ROWS=walk.rows, COLUMNS=walk.columns,
+        COLUMN_PARTS=walk.column_parts, ACC=tl_type(accumulator(logits.dtype)), LANES=CELL_LANES,
+        num_warps=1,
     )  # fmt: skip
     return label, confidence, entropy
 

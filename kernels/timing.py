@@ -62,10 +62,10 @@ def time_gpu(function: Callable, capture: bool, milliseconds: int = 100) -> Timi
 
 
 def peak_gpu(function: Callable) -> int:
-    """Bytes on the GPU that a call has allocated at its peak, beyond what was there before; after a call to warm up.
+    """Bytes on the GPU that a call has allocated at its peak, beyond what was there before.
 
-    That call may leave garbage behind, a graph of autograd for instance, that waits to be collected. Freed during the second
-    call, it would hide as many bytes of that one's.
+    A call to warm up comes first. It may leave garbage behind, a graph of autograd for instance, that
+    waits to be collected. Freed during the second call, it would hide as many bytes of that one's.
     """
     function()
     torch.cuda.synchronize()
