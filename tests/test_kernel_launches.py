@@ -12,8 +12,6 @@ import weakref
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
-from triton.runtime.interpreter import InterpretedFunction
-from triton.runtime.jit import JITFunction
 
 from kernels import (
     cross_entropy,
@@ -32,15 +30,8 @@ N, C, NODES, OUTPUTS = 2, 21, 33, 129
 LOGITS = N * C * NODES * NODES  # numbers in the head's logits
 PIXELS = N * OUTPUTS * OUTPUTS
 
-ONE_LAUNCH = {
-    "copy_",
-    "fill_",
-    "zero_",
-    "sum",
-    "mul",
-    "div",
-    "_foreach_add_",
-}  # whatever they call on a CPU
+# Whatever these call on a CPU, on a GPU it is one kernel.
+ONE_LAUNCH = {"copy_", "fill_", "zero_", "sum", "mul", "div", "_foreach_add_"}
 NO_LAUNCH = {
     "empty", "empty_like", "empty_strided", "new_empty", "resize_", "view", "view_as", "_unsafe_view",
     "reshape", "as_strided", "expand", "select", "slice", "unbind", "detach", "alias", "transpose",
@@ -52,13 +43,15 @@ WAITS = {"item", "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select"
 @pytest.fixture
 def kernels_that_do_not_run(monkeypatch):
     """Launches only leave their names; nothing is checked that is checked on a CPU alone."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    jit = pytest.importorskip("triton.runtime.jit")
 
     def only_note(kernel, *_, grid, warmup, **__):
         with torch.profiler.record_function(f"triton::{kernel.fn.__name__}"):
             pass
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for kind in (InterpretedFunction, JITFunction):
+    for kind in (interpreter.InterpretedFunction, jit.JITFunction):
         monkeypatch.setattr(kind, "run", only_note)
     for name in ("cross_entropy", "cross_entropy_map", "cross_entropy_full"):
         monkeypatch.setattr(sys.modules[f"kernels.{name}"], "check_labels", lambda *_: None)
@@ -100,6 +93,14 @@ def logits(size: int = NODES) -> torch.Tensor:
     """(N,C,h,w) as a network gives them under autocast: bfloat16, channels_last."""
     values = torch.zeros(N, C, size, size, dtype=torch.bfloat16)
     return values.to(memory_format=torch.channels_last).requires_grad_()
+
+
+@pytest.mark.parametrize(
+    "wait", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool(x[0])]
+)
+def test_a_wait_of_the_host_is_seen(wait):
+    with pytest.raises(AssertionError, match="waits for the GPU"):
+        launches(lambda: wait(torch.ones(3)))
 
 
 @pytest.mark.parametrize("reduction, divides", [("sum", []), ("mean", ["div"])])
