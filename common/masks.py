@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from common import InputError
+from common.images import open_image
 
 
 def write_mask(path: Path, labels: Tensor, colours: list | tuple) -> None:
@@ -28,5 +28,9 @@ def write_mask(path: Path, labels: Tensor, colours: list | tuple) -> None:
 
 
 def read_mask(path: Path) -> Tensor:
-    """Labels (H,W) uint8 of such a file."""
-    return torch.from_numpy(np.array(Image.open(path)))
+    """Labels (H,W) uint8 of such a file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    return torch.from_numpy(open_image(path, ("PNG",)).values())

@@ -3,7 +3,8 @@
     python -m common.predict runs/cps-shapes-1-8-seed0 my_pictures
 
 writes RUN/predictions/masks/NAME.png (indexed PNG in the data set's colours, label = index) and
-RUN/predictions/overlays/NAME.png, both at the picture's own size.
+RUN/predictions/overlays/NAME.png, both at the image's own size, turned as EXIF says. Images in
+subfolders are found too; their masks and overlays lie in subfolders of the same names.
 """
 
 import argparse
@@ -14,14 +15,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torchvision.utils import draw_segmentation_masks
 
 from common import InputError, checkpoint
 from common.augment import normalise
-from common.data import open_picture, to_rgb
 from common.datasets import pictures
 from common.deeplabv3plus import DeepLabV3Plus
 from common.evaluate import predict
+from common.figures import colourise
+from common.images import naming_if_too_large, open_image
 from common.masks import write_mask
 
 
@@ -50,13 +51,39 @@ def load_network(run: Path, which: str, name: str | None, device: torch.device) 
     return network.to(device).eval(), description
 
 
-def save_prediction(picture: Image.Image, labels: torch.Tensor, colours: list, name: str, output: Path) -> None:
-    """Write the indexed mask and the overlay of one picture."""
-    write_mask(output / "masks" / f"{name}.png", labels, colours)
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    classes = torch.arange(len(colours))[:, None, None]
-    overlay = draw_segmentation_masks(pixels, labels[None] == classes, alpha=0.5, colors=list(map(tuple, colours)))
-    Image.fromarray(overlay.permute(1, 2, 0).numpy()).save(output / "overlays" / f"{name}.png")
+def save(overlay: np.ndarray, path: Path) -> None:
+    """Write an overlay, (H,W,3) uint8.
+
+    Raises:
+        InputError: the disk is full or the folder cannot be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(overlay).save(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}") from None
+
+
+def find_images(place: Path, output: Path) -> dict[str, Path]:
+    """The image file `place`, or every image in and below the folder `place`, by its id.
+
+    What lies in `output` is left out: it may be the overlays of an earlier call.
+
+    Raises:
+        InputError: nothing there, or no image.
+    """
+    if not place.exists():
+        raise InputError(f"no file or folder {place}")
+    if not place.is_dir():
+        return {place.stem: place}
+    found = {
+        name: path
+        for name, path in pictures(place).items()
+        if output.resolve() not in path.resolve().parents
+    }
+    if not found:
+        raise InputError(f"no .png, .jpg or .jpeg in {place}")
+    return found
 
 
 @torch.no_grad()
@@ -81,12 +108,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     network, description = load_network(args.run, args.checkpoint, args.network, device)
     impl = "torch" if description["args"]["kernels"] == "torch" else "auto"  # such a machine may have no C compiler
-    if not args.images.exists():
-        raise InputError(f"no file or folder {args.images}")
-    found = pictures(args.images) if args.images.is_dir() else {args.images.stem: args.images}
-    if not found:
-        raise InputError(f"no .png, .jpg or .jpeg in {args.images}")
     output = args.output or args.run / "predictions"
+    found = find_images(args.images, output)
     try:
         for part in ("masks", "overlays"):
             (output / part).mkdir(parents=True, exist_ok=True)
@@ -96,16 +119,19 @@ def main(argv: list[str] | None = None) -> None:
     failed = []
     for name, path in found.items():
         try:
-            picture = to_rgb(open_picture(path), path)
+            with naming_if_too_large(path):
+                pixels = open_image(path).pixels()
+                labels = predict(network, normalise(pixels[None].to(device)), description["args"]["eval_window"], impl)
+                labels = labels[0].cpu()
+                overlay = pixels.numpy() // 2 + colourise(labels.numpy(), description["colours"]) // 2
         except InputError as error:
             failed.append(str(error))
             continue
-        pixels = torch.from_numpy(np.array(picture))[None]
-        labels = predict(network, normalise(pixels.to(device)), description["args"]["eval_window"], impl)[0].cpu()
-        save_prediction(picture, labels, description["colours"], name, output)
+        write_mask(output / "masks" / f"{name}.png", labels, description["colours"])
+        save(overlay, output / "overlays" / f"{name}.png")
     print(f"{len(found) - len(failed)} pictures predicted: {output}/masks and {output}/overlays")
     if failed:
-        raise InputError(f"{len(failed)} could not be read: " + "; ".join(failed))
+        raise InputError(f"{len(failed)} could not be predicted: " + "; ".join(failed))
 
 
 if __name__ == "__main__":

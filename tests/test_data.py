@@ -4,29 +4,32 @@ import functools
 import http.server
 import shutil
 import threading
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import settings, write_mask, write_picture
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from common import InputError, datasets, shapes
 from common.augment import HalfOrDouble, LongSide, ScaleFrom, WeakAugment, Window, normalise, scale_rule
 from common.data import (
     EvalSet,
     Key,
+    Labels,
     StreamSampler,
     TrainSet,
-    crop_sample,
-    decode,
+    crop_image,
+    crop_target,
+    equal_size_loader,
     eval_loader,
     load_data,
-    open_mask,
-    open_picture,
-    to_rgb,
     train_loader,
 )
+from common.datasets import DataSource, Item
+from common.images import Drawn, LabelTable, open_image, open_mask
 
 # ------------------------------------------------------------------------------------------------------------ data sets
 
@@ -107,6 +110,10 @@ def test_camvid_download_unpacks_the_tutorials_archive(camvid_tree, tmp_path_fac
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
         monkeypatch.setattr(datasets, "CAMVID_URL", f"{address}/camvid.zip")
+        with pytest.raises(InputError, match=r"is damaged: .*CamVid/train does not hold the published files"):
+            datasets.load(settings(data="camvid", data_dir=str(place / "wrong"), split="1/4", download=True))
+        trees = {name: datasets.git_tree_hash(camvid_tree / name) for name in datasets.CAMVID_TREES}
+        monkeypatch.setattr(datasets, "CAMVID_TREES", trees)
         target = place / "data"
         data = datasets.load(settings(data="camvid", data_dir=str(target), split="1/4", download=True))
         assert len(data.val) == 2 and (target / "trainannot").is_dir()
@@ -114,6 +121,12 @@ def test_camvid_download_unpacks_the_tutorials_archive(camvid_tree, tmp_path_fac
         with pytest.raises(InputError, match="could not download CamVid"):
             datasets.load(settings(data="camvid", data_dir=str(place / "other"), download=True))
         server.shutdown()
+
+
+def test_a_folder_has_the_hash_that_git_gives_it(tmp_path):
+    (tmp_path / "hello.txt").write_text("hello\n")
+    # git init; git add hello.txt; git write-tree
+    assert datasets.git_tree_hash(tmp_path) == "aaa96ced2d9a1c8e72c56b253a0e2fe78393feb7"
 
 
 def test_cityscapes_maps_label_ids_and_adds_coarse_pictures(cityscapes_tree):
@@ -198,7 +211,7 @@ def test_unknown_split_lists_the_choices(voc_tree):
 def test_lists_with_strangers_or_nothing(own_folder):
     own = {"data": "folder", "data_dir": str(own_folder), "labelled_list": str(own_folder / "list.txt")}
     (own_folder / "list.txt").write_text("\n".join(f"x{index}" for index in range(7)))
-    with pytest.raises(InputError, match="7 ids are no training pictures: x0, x1, x2, x3, x4 and 2 more"):
+    with pytest.raises(InputError, match="7 ids are no training images: x0, x1, x2, x3, x4 and 2 more"):
         datasets.load(settings(**own))
     (own_folder / "list.txt").write_text("\n")
     with pytest.raises(InputError, match="labelled set is empty"):
@@ -208,7 +221,7 @@ def test_lists_with_strangers_or_nothing(own_folder):
 def test_names_that_stand_twice_are_refused(own_folder):
     """Masks of ST are named by picture, and labels are places in the list of classes."""
     write_picture(own_folder / "images" / "unlabelled" / "labelled1.jpg")
-    with pytest.raises(InputError, match="both have a picture labelled1"):
+    with pytest.raises(InputError, match="both have an image labelled1"):
         datasets.load(settings(data="folder", data_dir=str(own_folder), split="all"))
     (own_folder / "classes.txt").write_text("road\nother\nother\n")
     with pytest.raises(InputError, match="names other twice"):
@@ -220,15 +233,265 @@ def test_names_that_stand_twice_are_refused(own_folder):
 
 def test_pictures_of_other_formats_are_not_left_out_silently(own_folder):
     (own_folder / "images" / "unlabelled" / "scan.bmp").write_bytes(b"")
-    with pytest.raises(InputError, match=r"scan\.bmp: only \.png, \.jpg and \.jpeg are read"):
+    with pytest.raises(InputError, match=r"only \.png and \.jpg .* are read; convert or remove .*scan\.bmp"):
         datasets.load(settings(data="folder", data_dir=str(own_folder), split="all"))
 
 
 def test_a_picture_too_large_for_pil_is_named(tmp_path, monkeypatch):
     write_picture(tmp_path / "map.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(InputError, match=r"map\.png: cannot be read as a picture"):
-        open_picture(tmp_path / "map.png")
+    with pytest.raises(InputError, match=r"map\.png: cannot be read"):
+        open_image(tmp_path / "map.png")
+
+
+def own(own_folder, **changes):
+    """Settings for the user's own data, all labelled."""
+    return settings(**{"data": "folder", "data_dir": str(own_folder), "split": "all", **changes})
+
+
+@pytest.mark.parametrize("suffix", [".heic", ".avif", ".TIFF", ".jp2"])
+def test_all_images_of_other_formats_are_named_at_once(own_folder, suffix: str):
+    for index in range(7):
+        path = own_folder / "images/val/deep/er" / f"{index}{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    with pytest.raises(InputError, match=rf"deep/er/0\{suffix}, .*4\{suffix} and 2 more"):
+        datasets.load(own(own_folder))
+
+
+def test_subfolders_are_read_and_hidden_files_are_not(own_folder, rt):
+    for part in ("labelled", "unlabelled", "val"):
+        write_picture(own_folder / f"images/{part}/street/a.v1.jfif.jpg", seed=9)
+        write_picture(own_folder / f"images/{part}/street/.hidden/b.jpg")
+        (own_folder / f"images/{part}/street/a.v1.jfif.jpg").rename(own_folder / f"images/{part}/street/{part}.v1.jfif")
+        for name in ("._a.jpg", ".DS_Store", "Thumbs.db"):
+            (own_folder / f"images/{part}" / name).write_bytes(b"\0")
+        write_mask(own_folder / f"masks/{part}/street/{part}.v1.png", 3)
+    data = load_data(own(own_folder), rt)
+    assert data.labelled[-1].name == "street/labelled.v1"
+    assert data.unlabelled[0].name == "street/unlabelled.v1"
+    assert (len(data.labelled), len(data.unlabelled), len(data.val)) == (5, 7, 3)
+    assert EvalSet(data, data.val)[2]["target"].shape == (48, 64)
+    (own_folder / "list.txt").write_text("images/labelled/street/labelled.v1.jfif masks/labelled/street/labelled.v1.png\n")
+    mine = datasets.load(own(own_folder, labelled_list=str(own_folder / "list.txt")))
+    assert [item.name for item in mine.labelled] == ["street/labelled.v1"]
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(own_folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    write_picture(elsewhere / "a.jpg")
+    (own_folder / "images/unlabelled/more").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(own_folder / "images/unlabelled")
+    data = datasets.load(own(own_folder))
+    assert [item.name for item in data.unlabelled if "/" in item.name] == ["more/a"]
+
+
+def test_masks_may_be_named_in_capitals_and_classes_may_begin_with_a_byte_order_mark(own_folder):
+    for path in (own_folder / "masks/labelled").glob("*.png"):
+        path.rename(path.with_suffix(".PNG"))
+    (own_folder / "classes.txt").write_bytes(b"\xef\xbb\xbf" + (own_folder / "classes.txt").read_bytes())
+    (own_folder / "list.txt").write_bytes(b"\xef\xbb\xbflabelled1\r\n")
+    data = datasets.load(own(own_folder, labelled_list=str(own_folder / "list.txt")))
+    assert data.classes[0] == "background" and data.background == 0
+    assert data.labelled[0].mask.name == "labelled1.PNG"
+
+
+def test_names_with_spaces_are_found_in_lists(own_folder):
+    write_picture(own_folder / "images/labelled/my photo.jpg", seed=7)
+    write_mask(own_folder / "masks/labelled/my photo.png", 3)
+    for line in ("  my photo ", "images/labelled/my photo.jpg masks/labelled/my photo.png", "my photo.jpg\tmy photo.png"):
+        (own_folder / "list.txt").write_text(line + "\nlabelled0\n")
+        data = datasets.load(own(own_folder, labelled_list=str(own_folder / "list.txt")))
+        assert [item.name for item in data.labelled] == ["labelled0", "my photo"]
+
+
+def test_a_line_cannot_lead_outside_the_data(own_folder):
+    (own_folder / "list.txt").write_text("../../x.png\n/etc/passwd\n")
+    with pytest.raises(InputError, match="2 ids are no training images: /etc/passwd, x"):
+        datasets.load(own(own_folder, labelled_list=str(own_folder / "list.txt")))
+
+
+def test_everything_named_twice_is_listed_at_once(own_folder):
+    for index in (1, 2):
+        write_picture(own_folder / f"images/unlabelled/labelled{index}.jpg")
+    with pytest.raises(InputError, match="both have an image labelled1, labelled2"):
+        datasets.load(own(own_folder))
+    for index in (1, 2):
+        write_picture(own_folder / f"images/unlabelled/labelled{index}.png")
+    with pytest.raises(InputError, match=r"two images of one name .*labelled1 \(.*\), labelled2 \("):
+        datasets.load(own(own_folder))
+    (own_folder / "classes.txt").write_text("a\nb\na\nb\nc\n")
+    with pytest.raises(InputError, match="names a, b twice"):
+        datasets.load(own(own_folder))
+
+
+# ------------------------------------------------------------------------------------------- the checks before training
+
+
+@pytest.mark.parametrize(("part", "title"), [("labelled", "labelled"), ("val", "validation")])
+def test_masks_of_0_and_255_in_one_set_are_refused(own_folder, rt, part: str, title: str):
+    for path in own_folder.glob(f"masks/{part}/*.png"):
+        Image.fromarray(np.array(Image.open(path)) // 2 * 255).save(path)
+    with pytest.raises(InputError, match=rf"the masks of the {title} images hold only 0 and 255, such as .*{part}0\.png"):
+        load_data(own(own_folder), rt)
+
+
+def test_every_broken_file_is_reported_before_training(own_folder, rt):
+    for index in range(3):
+        (own_folder / f"images/unlabelled/unlabelled{index}.jpg").write_bytes(b"nothing")
+    whole = (own_folder / "images/unlabelled/unlabelled3.jpg").read_bytes()
+    (own_folder / "images/unlabelled/unlabelled3.jpg").write_bytes(whole[:-300])
+    write_mask(own_folder / "masks/labelled/labelled0.png", 3, (10, 10))
+    write_picture(own_folder / "images/val/val1.jpg", (10, 10))
+    with pytest.raises(InputError, match=r"6 images or masks cannot be used: .*unlabelled0.*unlabelled3.* and 1 more"):
+        load_data(own(own_folder), rt)
+
+
+def test_processes_share_the_check_and_all_learn_of_every_fault(own_folder, rt, monkeypatch):
+    from common import check
+    from common.runtime import Runtime
+
+    (own_folder / "images/unlabelled/unlabelled5.jpg").write_bytes(b"nothing")
+    data = datasets.load(own(own_folder))
+    looked = []
+    monkeypatch.setattr(check, "_size", lambda item: looked.append(item.name))
+    monkeypatch.setattr(Runtime, "gather", lambda self, mine: mine)
+    for rank in range(3):
+        check.files(data, replace(rt, rank=rank, world=3))
+        assert len(looked) == 4
+        looked.clear()
+    monkeypatch.undo()
+    elsewhere = {Path("x.jpg"): InputError("x.jpg: cannot be read")}
+    monkeypatch.setattr(Runtime, "gather", lambda self, mine: {**mine, **elsewhere})
+    with pytest.raises(InputError, match=r"x\.jpg: cannot be read"):
+        check.files(data, replace(rt, rank=0, world=13))
+
+
+def test_a_camera_may_append_data_to_a_jpeg(tmp_path):
+    write_picture(tmp_path / "p.jpg")
+    with open(tmp_path / "p.jpg", "ab") as file:
+        file.write(b"\0" * 10_000)
+    open_image(tmp_path / "p.jpg").check_end()
+
+
+def test_images_in_two_sets_are_counted_in_a_note(own_folder, rt, capsys):
+    load_data(own(own_folder), rt)
+    noted = capsys.readouterr().err  # the miniature set uses the same seeds in its three parts
+    assert "note: 2 images stand in both the labelled and the validation set, such as labelled0.jpg and labelled1.jpg" in noted
+    assert "note: 4 images stand in both the labelled and the unlabelled set" in noted
+    for index in range(2):
+        write_picture(own_folder / f"images/val/val{index}.jpg", seed=50 + index)
+    write_picture(own_folder / "images/val/labelled3.jpg", seed=60)
+    write_mask(own_folder / "masks/val/labelled3.png", 3)
+    load_data(own(own_folder), rt)
+    note = "note: 1 image stands in both the labelled and the validation set, 1 by name alone, such as labelled3.jpg\n"
+    assert note in capsys.readouterr().err
+
+
+def test_only_files_of_one_length_are_hashed(tmp_path):
+    from common.check import Set, same_contents
+
+    paths = {}
+    for name, content in {"a": "12", "b": "12", "c": "13", "d": "123"}.items():
+        paths[name] = tmp_path / name
+        paths[name].write_text(content)
+    hashes = same_contents([Set("x", paths)])
+    assert set(hashes) == {paths["a"], paths["b"], paths["c"]} and hashes[paths["a"]] == hashes[paths["b"]]
+
+
+def test_a_file_of_another_kind_is_refused_whatever_its_name(tmp_path, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("started Ghostscript"))
+    (tmp_path / "p.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(InputError, match=r"p\.png: cannot be read \(no PNG or JPEG file, whatever its name says\)"):
+        open_image(tmp_path / "p.png").pixels()
+
+
+def test_a_png_with_a_huge_text_is_named(tmp_path):
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("comment", "x" * 3_000_000, zip=True)
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "p.png", pnginfo=info)
+    with pytest.raises(InputError, match=r"p\.png: cannot be read \(Decompressed data too large"):
+        open_image(tmp_path / "p.png")
+
+
+def test_an_image_too_large_for_the_memory_is_named(own_folder, monkeypatch):
+    from common import data as loading
+
+    def fail(*_):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    data = datasets.load(own(own_folder))
+    monkeypatch.setattr(loading, "fit", fail)
+    with pytest.raises(InputError, match=r"labelled0\.jpg: too large for this machine's memory"):
+        TrainSet(data, data.labelled, WeakAugment(32, ScaleFrom((1.0,))), 0, 0)[Key(0, 0, 0)]
+    monkeypatch.setattr(loading, "fit", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):  # a fault of the program stays one
+        TrainSet(data, data.labelled, WeakAugment(32, ScaleFrom((1.0,))), 0, 0)[Key(0, 0, 0)]
+
+
+# ---------------------------------------------------------------------------------------------------------- EXIF
+
+
+def write_turned(path: Path, size: tuple[int, int], orientation: int, seed: int = 0) -> np.ndarray:
+    """A smooth image whose file is stored turned, with the EXIF entry that undoes it; returns how viewers show it."""
+    write_picture(path, size, seed)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.open(path).save(path, exif=exif, quality=95)
+    return np.asarray(ImageOps.exif_transpose(Image.open(path)))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_viewers_turn_them(tmp_path, orientation: int, suffix: str):
+    path = tmp_path / f"p.{suffix}"
+    shown = write_turned(path, (64, 48), orientation)
+    image = open_image(path)
+    assert image.size == shown.shape[1::-1]
+    assert np.array_equal(image.pixels(), shown)
+    assert np.array_equal(open_image(path).pixels((4, 6, 30, 40)), shown[6:40, 4:30])
+
+
+@pytest.mark.parametrize("size", [(320, 240), (319, 240), (320, 239)])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_half_size_decoding_is_right_for_turned_images(tmp_path, orientation: int, size: tuple[int, int]):
+    shown = write_turned(tmp_path / "p.jpg", size, orientation)
+    window = Window((24, 32, 216, 224), (96, 96), flip=False)
+    sample = crop_image(open_image(tmp_path / "p.jpg"), window, 96)
+    exact = Image.fromarray(shown).resize((96, 96), Image.Resampling.BILINEAR, box=window.box)
+    assert np.abs(sample["image"].numpy().astype(int) - np.asarray(exact)).mean() < 1.2  # one pixel off: over 1.6
+
+
+def test_turned_images_are_trained_and_evaluated_upright(own_folder, rt):
+    for part in ("labelled", "val"):
+        write_turned(own_folder / f"images/{part}/{part}0.jpg", (64, 48), 6)
+        write_mask(own_folder / f"masks/{part}/{part}0.png", 3, (48, 64))
+    data = load_data(own(own_folder), rt)
+    assert data.val_batch == 1
+    assert EvalSet(data, data.val)[0]["image"].shape == (64, 48, 3)
+    assert EvalSet(data, data.val)[0]["target"].shape == (64, 48)
+    sample = TrainSet(data, data.labelled, WeakAugment(64, ScaleFrom((1.0,))), 0, 0)[Key(0, 0, 0)]
+    assert sample["valid_mask"].sum(0).max() == 64 and sample["valid_mask"].sum(1).max() == 48
+    groups = [batch["image"].shape[1:3] for batch in equal_size_loader(data, data.val, own(own_folder), rt)]
+    assert sorted(groups) == [(48, 64), (64, 48)]
+
+
+def test_a_mask_that_was_not_turned_is_named_as_such(own_folder, rt):
+    write_turned(own_folder / "images/labelled/labelled0.jpg", (64, 48), 6)
+    message = r"labelled0\.png: the mask has the size of the image before its EXIF rotation, 64x48 instead of 48x64"
+    with pytest.raises(InputError, match=message):
+        load_data(own(own_folder), rt)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_broken_exif_is_ignored_as_viewers_do(tmp_path):
+    write_picture(tmp_path / "p.jpg")
+    Image.open(tmp_path / "p.jpg").save(tmp_path / "p.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert open_image(tmp_path / "p.jpg").orientation == 1
 
 
 def test_missing_mask_and_ambiguous_name(own_folder):
@@ -236,39 +499,76 @@ def test_missing_mask_and_ambiguous_name(own_folder):
     with pytest.raises(InputError, match=r"1 files are missing: .*labelled2\.png"):
         datasets.load(settings(data="folder", data_dir=str(own_folder), split="all"))
     write_picture(own_folder / "images/labelled/labelled2.png")
-    with pytest.raises(InputError, match="two pictures named labelled2"):
+    with pytest.raises(InputError, match=r"two images of one name .*labelled2"):
         datasets.load(settings(data="folder", data_dir=str(own_folder), split="all"))
 
 
 # ---------------------------------------------------------------------------------------------------- pictures and masks
 
 
+def labels_of(path, num_classes: int, size: tuple[int, int] = (64, 48)) -> np.ndarray:
+    """The labels of a mask whose image has this size."""
+    mask = open_mask(path, Drawn(np.zeros((size[1], size[0], 3), np.uint8)))
+    return LabelTable(range(256), num_classes).look_up(mask.values(), path)
+
+
 def test_bad_masks_are_named_with_the_values_found(tmp_path):
-    table = np.arange(256, dtype=np.uint8)
     write_mask(tmp_path / "mask.png", 3, extra=(9, 200, 255))
     with pytest.raises(InputError, match=r"mask\.png: labels 9, 200 in the mask; 0 to 2 and 255"):
-        open_mask(tmp_path / "mask.png", (64, 48), table, 3)
-    with pytest.raises(InputError, match=r"mask\.png: the mask has 64x48 pixels, its picture 32x32"):
-        open_mask(tmp_path / "mask.png", (32, 32), table, 3)
+        labels_of(tmp_path / "mask.png", 3)
+    with pytest.raises(InputError, match=r"mask\.png: the mask has 64x48 pixels, its image 32x32"):
+        labels_of(tmp_path / "mask.png", 3, (32, 32))
     write_picture(tmp_path / "colour.png")
     with pytest.raises(InputError, match=r"colour\.png: the mask is RGB"):
-        open_mask(tmp_path / "colour.png", (64, 48), table, 3)
+        labels_of(tmp_path / "colour.png", 3)
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(InputError, match=r"text\.png: cannot be read"):
-        open_mask(tmp_path / "text.png", (64, 48), table, 3)
+        labels_of(tmp_path / "text.png", 3)
     Image.fromarray(np.full((48, 64), 300, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(InputError, match=r"deep\.png: labels 300"):
-        open_mask(tmp_path / "deep.png", (64, 48), table, 3)
+        labels_of(tmp_path / "deep.png", 3)
+    Image.fromarray(np.zeros((48, 64), np.uint8)).save(tmp_path / "lossy.png", format="JPEG")
+    with pytest.raises(InputError, match=r"lossy\.png: cannot be read \(no PNG file"):
+        labels_of(tmp_path / "lossy.png", 3)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "I;16", "LA", "RGB", "RGBA"])
+def test_masks_of_every_mode_give_their_labels(tmp_path, mode: str):
+    """A grey mask that was saved in colour has red = green = blue."""
+    labels = np.random.default_rng(0).integers(0, 2, (48, 64)).astype(np.uint8)
+    grey = Image.fromarray(labels)
+    if mode == "1":
+        mask = Image.fromarray(labels.astype(bool))
+    elif mode == "P":
+        mask = grey
+        mask.putpalette([9, 9, 9, 200, 0, 0])
+    elif mode == "I;16":
+        mask = Image.fromarray(labels.astype(np.uint16))
+    else:
+        mask = grey.convert("RGB").convert(mode) if mode != "LA" else grey.convert("LA")
+    mask.save(tmp_path / "m.png")
+    assert Image.open(tmp_path / "m.png").mode == mode
+    assert np.array_equal(labels_of(tmp_path / "m.png", 2), labels)
+    write_picture(tmp_path / "i.png")
+    window = Window((8, 8, 40, 40), (32, 32), flip=False)
+    item = Item("i", tmp_path / "i.png", tmp_path / "m.png")
+    part = crop_target(open_mask(item.mask, open_image(item.image)), item, labels_for(2), window, 32)
+    assert np.array_equal(part, labels[8:40, 8:40])
+
+
+def labels_for(num_classes: int) -> Labels:
+    """What looks up the labels of a set of this many classes."""
+    names = tuple(map(str, range(num_classes)))
+    return Labels(DataSource("x", names, ((0, 0, 0),) * num_classes, (), (), (), "x"))
 
 
 def test_masks_whose_values_pil_would_stretch_are_refused(tmp_path):
     Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4) % 4).save(tmp_path / "m.png", bits=2)
-    table = np.arange(256, dtype=np.uint8)
     if Image.open(tmp_path / "m.png").tile[0].args == "L;2":
         with pytest.raises(InputError, match=r"m\.png: the mask has fewer than 8 bits"):
-            open_mask(tmp_path / "m.png", (4, 4), table, 4)
+            labels_of(tmp_path / "m.png", 4, (4, 4))
     else:  # this Pillow wrote 8 bits
-        assert np.asarray(open_mask(tmp_path / "m.png", (4, 4), table, 4)).max() == 3
+        assert labels_of(tmp_path / "m.png", 4, (4, 4)).max() == 3
 
 
 def test_masks_of_0_and_255_alone_are_questioned(own_folder, rt):
@@ -297,40 +597,51 @@ def test_ids_may_hold_dots_and_lists_must_be_text(tmp_path):
 
 def test_truncated_picture_is_named(tmp_path):
     write_picture(tmp_path / "whole.jpg", (640, 480))
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:4000])
-    with pytest.raises(InputError, match=r"cut\.jpg: cannot be decoded"):
-        to_rgb(Image.open(tmp_path / "cut.jpg"), tmp_path / "cut.jpg")
+    write_picture(tmp_path / "whole.png", (640, 480))
+    for suffix in ("jpg", "png"):
+        cut = tmp_path / f"cut.{suffix}"
+        cut.write_bytes((tmp_path / f"whole.{suffix}").read_bytes()[:4000])
+        with pytest.raises(InputError, match=rf"cut\.{suffix}: cannot be decoded"):
+            open_image(cut).pixels()
+        with pytest.raises(InputError, match=rf"cut\.{suffix}: cannot be decoded"):
+            open_image(cut).check_end()
 
 
-def test_png_pictures_decode_as_with_pil(tmp_path):
-    write_picture(tmp_path / "p.png", (61, 47))
-    pixels = decode(Image.open(tmp_path / "p.png"), tmp_path / "p.png")
-    assert isinstance(pixels, torch.Tensor)
-    assert np.array_equal(pixels, np.asarray(Image.open(tmp_path / "p.png")))
-    (tmp_path / "cut.png").write_bytes((tmp_path / "p.png").read_bytes()[:1000])
-    with pytest.raises(InputError, match=r"cut\.png: cannot be decoded"):
-        decode(Image.open(tmp_path / "cut.png"), tmp_path / "cut.png")
+@pytest.mark.parametrize("name", ["p.png", "p.jpg", "progressive.jpg", "full.jpg", "odd.jpg"])
+def test_fast_decoding_gives_the_pixels_of_pil(tmp_path, name: str):
+    size = (61, 47) if name == "odd.jpg" else (64, 48)
+    options = {"progressive.jpg": {"progressive": True}, "full.jpg": {"subsampling": 0}}.get(name, {})
+    small = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+    Image.fromarray(small).resize(size, Image.Resampling.BILINEAR).save(tmp_path / name, **options)
+    expected = np.asarray(Image.open(tmp_path / name))
+    assert open_image(tmp_path / name)._decode_fast() is not None
+    assert np.array_equal(open_image(tmp_path / name).pixels(), expected)
+    assert np.array_equal(open_image(tmp_path / name).pixels((5, 7, 40, 30)), expected[7:30, 5:40])
 
 
 def test_grey_cmyk_palette_and_16_bit_pictures_become_rgb(tmp_path):
     grey = np.linspace(0, 255, 64 * 48).reshape(48, 64).astype(np.uint8)
     for mode in ("L", "CMYK", "P", "LA", "RGBA"):
         suffix = "jpg" if mode == "CMYK" else "png"
-        Image.fromarray(grey).convert("RGB").convert(mode, palette=Image.Palette.ADAPTIVE).save(tmp_path / f"{mode}.{suffix}")
-        pixels = np.asarray(to_rgb(Image.open(tmp_path / f"{mode}.{suffix}"))).astype(int)
+        path = tmp_path / f"{mode}.{suffix}"
+        Image.fromarray(grey).convert("RGB").convert(mode, palette=Image.Palette.ADAPTIVE).save(path)
+        pixels = open_image(path).pixels().numpy().astype(int)
         assert abs(pixels - grey[..., None]).max() <= 8
+        assert np.array_equal(open_image(path).pixels((4, 8, 20, 40)), pixels[8:40, 4:20])
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    assert np.array_equal(np.asarray(to_rgb(Image.open(tmp_path / "deep.png")))[..., 0], grey)
+    assert np.array_equal(open_image(tmp_path / "deep.png").pixels()[..., 0], grey)
+    Image.fromarray(grey > 127).save(tmp_path / "bits.png")
+    assert np.array_equal(open_image(tmp_path / "bits.png").pixels()[..., 1] == 255, grey > 127)
 
 
 # ------------------------------------------------------------------------------------------------------- crop and sample
 
 
-def gradient_picture(width: int, height: int) -> tuple[Image.Image, Image.Image]:
+def gradient_picture(width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
     """A picture whose red channel is x and green channel y, and a mask with the label x // 8."""
     columns, rows = np.meshgrid(np.arange(width), np.arange(height))
     pixels = np.stack([columns, rows, np.zeros_like(rows)], -1).astype(np.uint8)
-    return Image.fromarray(pixels), Image.fromarray((columns // 8).astype(np.uint8))
+    return pixels, (columns // 8).astype(np.uint8)
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.75, 1.0, 1.5, 2.0])
@@ -339,9 +650,11 @@ def test_a_window_is_the_crop_of_the_resized_picture(factor: float, seed: int):
     picture, mask = gradient_picture(160, 120)
     torch.manual_seed(seed)
     window = WeakAugment(96, ScaleFrom((factor,))).draw(160, 120)
-    sample = crop_sample(picture, mask, window, 96)
+    sample = crop_image(Drawn(picture), window, 96)
+    sample["target"] = crop_target(Drawn(mask), Item("x", 0, 0), labels_for(20), window, 96)
     width, height = window.size
-    expected = np.asarray(picture.resize(window.size, Image.Resampling.BILINEAR, box=window.box)).astype(int)
+    resized = Image.fromarray(picture).resize(window.size, Image.Resampling.BILINEAR, box=window.box)
+    expected = np.asarray(resized).astype(int)
     expected = expected[:, ::-1] if window.flip else expected
     inner = np.s_[2 : height - 2, 2 : width - 2]  # at the border PIL also sees the pixels outside the box
     assert abs(sample["image"][:height, :width].numpy().astype(int) - expected)[inner].max() <= 1
@@ -357,16 +670,16 @@ def test_a_window_is_the_crop_of_the_resized_picture(factor: float, seed: int):
 def test_half_size_jpegs_are_decoded_at_half_size(tmp_path):
     write_picture(tmp_path / "p.jpg", (320, 240))
     window = Window((64, 32, 256, 224), (96, 96), flip=False)
-    picture = Image.open(tmp_path / "p.jpg")
-    sample = crop_sample(picture, None, window, 96)
-    assert picture.size == (160, 120)
+    image = open_image(tmp_path / "p.jpg")
+    sample = crop_image(image, window, 96)
+    assert image.size == (160, 120)
     exact = Image.open(tmp_path / "p.jpg").resize((96, 96), Image.Resampling.BILINEAR, box=window.box)
     assert np.abs(sample["image"].numpy().astype(int) - np.asarray(exact)).mean() < 2  # of 255; shifted pixels give over 5
 
 
 def test_padding_is_zero_after_normalising():
     picture, _ = gradient_picture(40, 30)
-    sample = crop_sample(picture, None, WeakAugment(64, ScaleFrom((1.0,))).draw(40, 30), 64)
+    sample = crop_image(Drawn(picture), WeakAugment(64, ScaleFrom((1.0,))).draw(40, 30), 64)
     images = normalise(sample["image"][None], sample["valid_mask"][None])
     assert images.shape == (1, 3, 64, 64)
     assert images[0, :, ~sample["valid_mask"]].abs().max() == 0
@@ -424,8 +737,6 @@ def test_samples_do_not_depend_on_workers_and_leave_the_generator_alone(rt):
 
 
 def test_evaluation_shares_have_no_padding(rt):
-    from dataclasses import replace
-
     args = settings()
     data = datasets.load(args)
     names = [

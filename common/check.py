@@ -1,0 +1,160 @@
+"""What is looked at before training starts: all files' headers, masks here and there, images that stand in two sets.
+
+A broken file would otherwise end a run after hours, and a mask that means something else would never be noticed.
+"""
+
+import hashlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from common import InputError
+from common.augment import IGNORE
+from common.datasets import DataSource, Item, some
+from common.images import LabelTable, open_image, open_mask
+from common.runtime import Runtime
+
+THREADS = 8  # on a local disk Python is the limit and two do; on a network disk eight files are waited for at once
+BAR_FROM = 10_000  # files that take seconds: then a bar says how far it is
+MASKS = 256  # of each set that are decoded, 0.1 s for VOC's and 2 s for Cityscapes'; training looks up every crop anyway
+
+Size = tuple[int, int]  # width, height
+
+
+def files(data: DataSource, rt: Runtime) -> dict[Path, Size]:
+    """Read the header and the end of every image and mask; each process reads its share.
+
+    Returns:
+        Size of each image, as viewers show it.
+
+    Raises:
+        InputError: files that cannot be read, masks that have not their image's size: five are named, the rest counted.
+    """
+    items = {item.image: item for item in (*data.unlabelled, *data.labelled, *data.val, *data.audit)}
+    return _all_or_error(_size, [item for item in items.values() if isinstance(item.image, Path)], rt)
+
+
+def _size(item: Item) -> Size:
+    """Size of an image whose file, and whose mask's file, looks whole."""
+    image = open_image(item.image)
+    with image.header:
+        size = image.size
+        if isinstance(item.mask, Path):
+            mask = open_mask(item.mask, image)
+            with mask.header:
+                mask.check_end()
+        image.check_end()
+    return size
+
+
+def masks(data: DataSource, rt: Runtime) -> None:
+    """Decode up to 256 masks of the labelled set, and as many for validation, spread evenly.
+
+    Raises:
+        InputError: a mask cannot be decoded or holds other labels, or all of a set hold only 0 and 255.
+    """
+    table = LabelTable(data.label_map, data.num_classes)
+    for part, items in (("labelled", data.labelled), ("validation", data.val)):
+        chosen = [item for item in items[:: max(1, len(items) // MASKS)][:MASKS] if isinstance(item.mask, Path)]
+        found = _all_or_error(lambda item: _content(item, table), chosen, rt)
+        if found and not any(labels for labels, _ in found.values()) and any(ignored for _, ignored in found.values()):
+            example = next(item.mask for item in chosen if found[item.image][1])
+            raise InputError(
+                f"{data.name}: the masks of the {part} images hold only 0 and 255, such as {example}; labels are 0 to "
+                f"{data.num_classes - 1} and 255 means ignored: convert the objects' pixels to 1"
+            )
+
+
+def _content(item: Item, table: LabelTable) -> tuple[bool, bool]:
+    """Whether a mask holds labels above 0, and whether it holds ignored pixels."""
+    labels = table.look_up(open_mask(item.mask, open_image(item.image)).values(), item.mask)
+    ignored = labels == IGNORE
+    return bool(((labels != 0) & ~ignored).any()), bool(ignored.any())
+
+
+def _all_or_error(work: Callable[[Item], object], items: list[Item], rt: Runtime) -> dict[Path, object]:
+    """`work` of each item by its image, in threads and shared among the processes, or one error for all that failed."""
+
+    def attempt(item: Item) -> tuple[Path, object]:
+        try:
+            return item.image, work(item)
+        except InputError as error:
+            return item.image, error
+
+    mine = items[rt.rank :: rt.world]
+    hidden = len(items) < BAR_FROM or not rt.is_main or not sys.stderr.isatty()
+    with ThreadPoolExecutor(THREADS) as pool:
+        bar = tqdm(pool.map(attempt, mine), "check files", len(mine), leave=False, disable=hidden)
+        found = rt.gather(dict(bar))
+    errors = [str(result) for result in found.values() if isinstance(result, InputError)]
+    if len(errors) > 1:
+        raise InputError(f"{len(errors)} images or masks cannot be used: {some(errors, '; ')}")
+    if errors:
+        raise InputError(errors[0])
+    return found
+
+
+# -------------------------------------------------------------------------------------------- images that stand in two sets
+
+
+class Set(NamedTuple):
+    """One of the three sets: what it is called, and its images by id."""
+
+    title: str
+    images: dict[str, Path]
+
+
+def note_shared_images(data: DataSource, rt: Runtime) -> None:
+    """Print a line for each two of the sets that share images, by content or by name, on the first process.
+
+    Contents are compared where users put together the sets themselves, in `folder` and `camvid`.
+    """
+    if not rt.is_main:
+        return
+    sets = [
+        Set(title, {item.name: item.image for item in items if isinstance(item.image, Path)})
+        for title, items in (("labelled", data.labelled), ("unlabelled", data.unlabelled), ("validation", data.val))
+    ]
+    contents = same_contents(sets) if data.name in ("folder", "camvid") else {}
+    for first, second in ((0, 2), (1, 2), (0, 1)):
+        note = shared(sets[first], sets[second], contents)
+        if note:
+            print(f"note: {note}", file=sys.stderr)
+
+
+def shared(one: Set, other: Set, contents: dict[Path, str]) -> str | None:
+    """A sentence on the images that two sets share; None where they share none.
+
+    Args:
+        one, other: the sets.
+        contents: a hash of the images that may be alike.
+    """
+    theirs = {contents[path] for path in other.images.values() if path in contents}
+    same_content = [path.name for path in one.images.values() if contents.get(path) in theirs]
+    same_name = [
+        path.name
+        for name, path in one.images.items()
+        if name in other.images and contents.get(path) not in theirs
+    ]
+    if not same_content and not same_name:
+        return None
+    alone = f", {len(same_name)} by name alone" if same_name else ""
+    examples = " and ".join((same_content + same_name)[:2])
+    count = len(same_content) + len(same_name)
+    images = "image stands" if count == 1 else "images stand"
+    return f"{count} {images} in both the {one.title} and the {other.title} set{alone}, such as {examples}"
+
+
+def same_contents(sets: Iterable[Set]) -> dict[Path, str]:
+    """SHA-1 of the files that have another's size in bytes; only these can be alike."""
+    lengths = {path: path.stat().st_size for part in sets for path in part.images.values()}
+    often = Counter(lengths.values())
+    doubtful = [path for path, length in lengths.items() if often[length] > 1]
+    with ThreadPoolExecutor(THREADS) as pool:
+        hashes = pool.map(lambda path: hashlib.sha1(path.read_bytes()).hexdigest(), doubtful)
+        return dict(zip(doubtful, hashes))
