@@ -1,6 +1,6 @@
-"""Masks and overlays for a folder of pictures, with the network of a run.
+"""Masks and overlays for a folder of images, with the network of a run.
 
-    python -m common.predict runs/cps-shapes-1-8-seed0 my_pictures
+    python -m common.predict runs/cps-shapes-1-8-seed0 my_images
 
 writes RUN/predictions/masks/NAME.png (indexed PNG in the data set's colours, label = index) and
 RUN/predictions/overlays/NAME.png, both at the image's own size, turned as EXIF says. Images in
@@ -88,14 +88,14 @@ def find_images(place: Path, output: Path) -> dict[str, Path]:
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
-    """Predict every picture; one that cannot be read is named at the end and does not stop the others.
+    """Predict every image; one that cannot be read is named at the end and does not stop the others.
 
     Raises:
-        InputError: nothing to predict, no such run, or pictures that could not be read.
+        InputError: nothing to predict, no such run, or images that could not be predicted.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
-    parser.add_argument("images", type=Path, metavar="IMAGES", help="a folder of pictures, or one picture")
+    parser.add_argument("images", type=Path, metavar="IMAGES", help="a folder of images, or one image")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/predictions")
     parser.add_argument("--checkpoint", choices=["best", "last"], default="last", help="default: last, the result")
     parser.add_argument("--network", metavar="NAME", help="default: the method's result network")

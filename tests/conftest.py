@@ -91,6 +91,14 @@ def write_picture(path: Path, size: tuple[int, int] = (64, 48), seed: int = 0) -
     Image.fromarray(small).resize(size, Image.Resampling.BILINEAR).save(path)
 
 
+def damage(path: Path) -> None:
+    """An image whose header and end are whole and whose pixels are not: a PNG, whatever its name."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)).save(path, format="PNG")
+    content = bytearray(path.read_bytes())
+    content[2000:2064] = bytes(64)
+    path.write_bytes(content)
+
+
 def write_mask(path: Path, labels: int, size: tuple[int, int] = (64, 48), seed: int = 0, extra: tuple[int, ...] = ()) -> None:
     """An indexed PNG of labels 0..labels-1, with the values of `extra` in the first row."""
     path.parent.mkdir(parents=True, exist_ok=True)

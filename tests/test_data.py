@@ -433,6 +433,26 @@ def test_an_image_too_large_for_the_memory_is_named(own_folder, monkeypatch):
         TrainSet(data, data.labelled, WeakAugment(32, ScaleFrom((1.0,))), 0, 0)[Key(0, 0, 0)]
 
 
+def test_figures_draw_large_images_small(own_folder, rt, tmp_path, monkeypatch):
+    """matplotlib took 3.2 GiB for an image of 12000x9000 pixels."""
+    from matplotlib.axes import Axes
+
+    from common import figures
+
+    write_picture(own_folder / "images/val/val0.jpg", (1500, 600))
+    write_mask(own_folder / "masks/val/val0.png", 3, (1500, 600))
+    data = datasets.load(own(own_folder))
+    shapes_drawn = []
+
+    def imshow(axis: Axes, image: np.ndarray, **_) -> None:
+        shapes_drawn.append(image.shape)
+
+    monkeypatch.setattr(Axes, "imshow", imshow)
+    args = settings(eval_window=0, kernels="auto")
+    figures.predictions(torch.nn.Conv2d(3, 3, 1), data, args, rt, tmp_path / "figure.png")
+    assert shapes_drawn[::2] == [(200, 500, 3)] * 3 and shapes_drawn[1::2] == [(48, 64, 3)] * 3
+
+
 # ---------------------------------------------------------------------------------------------------------- EXIF
 
 
