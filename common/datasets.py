@@ -235,7 +235,9 @@ def data_dir(args: argparse.Namespace, hint: str) -> Path:
     return folder
 
 
-def pictures(folder: Path, suffixes: tuple[str, ...] = PICTURES) -> dict[str, Path]:
+def pictures(
+    folder: Path, suffixes: tuple[str, ...] = PICTURES, refused: tuple[str, ...] = OTHER_PICTURES
+) -> dict[str, Path]:
     """Every image file in and below a folder by its id, sorted.
 
     The id is the path below the folder without the suffix, such as "a" or "street/a". Hidden files and folders are left
@@ -244,12 +246,13 @@ def pictures(folder: Path, suffixes: tuple[str, ...] = PICTURES) -> dict[str, Pa
     Args:
         folder: nothing is found if it is not there.
         suffixes: of the files to find, in small letters.
+        refused: suffixes of files that are an error.
 
     Raises:
         InputError: two images of one id, or images of another format: leaving them out would go unnoticed.
     """
     files = sorted(visible_files(folder))
-    others = [str(path) for path in files if path.suffix.lower() in OTHER_PICTURES]
+    others = [str(path) for path in files if path.suffix.lower() in refused]
     if others:
         raise InputError(f"only .png and .jpg (.jpeg, .jfif, .jpe) are read; convert or remove {some(others)}")
     found: dict[str, Path] = {}
@@ -290,7 +293,7 @@ def visible_files(folder: Path) -> Iterator[Path]:
 
 def with_masks(images: dict[str, Path], folder: Path) -> list[Item]:
     """Each image with its mask, the PNG of the same id in `folder`, whether or not that is there."""
-    masks = {name: path for name, path in pictures(folder, (".png",)).items()}
+    masks = pictures(folder, suffixes=(".png",), refused=())
     return [Item(name, path, masks.get(name, folder / f"{name}.png")) for name, path in images.items()]
 
 

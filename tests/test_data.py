@@ -277,6 +277,34 @@ def test_subfolders_are_read_and_hidden_files_are_not(own_folder, rt):
     assert [item.name for item in mine.labelled] == ["street/labelled.v1"]
 
 
+def test_pseudo_masks_of_images_in_subfolders_lie_in_subfolders(own_folder, rt, tmp_path_factory):
+    import stpp
+    from common.masks import read_mask
+    from common.masks import write_mask as write_labels
+
+    write_picture(own_folder / "images/unlabelled/street/a.jpg")
+    args = own(own_folder, run=str(tmp_path_factory.mktemp("run")), selection="all", stage=2, strong_aug="none")
+    for item in datasets.load(args).unlabelled:
+        path = stpp.mask_path(args, 1, item.name)
+        assert path.resolve().is_relative_to(args.run)
+        write_labels(path, torch.ones(48, 64), ((0, 0, 0),) * 3)
+    data = stpp.load_data(args, rt)
+    item = next(item for item in data.labelled if item.name == "street/a")
+    assert item.pseudo and (EvalSet(data, (item,))[0]["target"] == 1).all() and (read_mask(item.mask) == 1).all()
+    item.mask.write_bytes(item.mask.read_bytes()[:50])
+    with pytest.raises(InputError, match=r"street/a\.png: cannot be"):
+        read_mask(item.mask)
+
+
+def test_the_benchmark_times_both_ways(monkeypatch, capsys):
+    from common import data as loading
+
+    monkeypatch.setattr(loading, "BENCHMARKS", (("tiny JPEG", (80, 60), 32, "jpg", 1.0, 3),))
+    loading.benchmark(count=2, rounds=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert "1 thread" in lines[0] and [line.split()[2] for line in lines[2:]] == ["unlabelled", "labelled"]
+
+
 def test_links_to_folders_are_followed_but_not_in_circles(own_folder, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     write_picture(elsewhere / "a.jpg")
