@@ -30,6 +30,7 @@ from common.data import (
 )
 from common.datasets import DataSource, Item
 from common.images import Drawn, LabelTable, open_image, open_mask
+from common.runtime import Runtime
 
 # ------------------------------------------------------------------------------------------------------------ data sets
 
@@ -377,7 +378,6 @@ def test_every_broken_file_is_reported_before_training(own_folder, rt):
 
 def test_processes_share_the_check_and_all_learn_of_every_fault(own_folder, rt, monkeypatch):
     from common import check
-    from common.runtime import Runtime
 
     (own_folder / "images/unlabelled/unlabelled5.jpg").write_bytes(b"nothing")
     data = datasets.load(own(own_folder))
@@ -393,6 +393,27 @@ def test_processes_share_the_check_and_all_learn_of_every_fault(own_folder, rt, 
     monkeypatch.setattr(Runtime, "gather", lambda self, mine: {**mine, **elsewhere})
     with pytest.raises(InputError, match=r"x\.jpg: cannot be read"):
         check.files(data, replace(rt, rank=0, world=13))
+
+
+@pytest.mark.parametrize(("rank", "world", "bar_from", "hidden"), [(0, 1, 12, False), (0, 1, 13, True), (1, 2, 12, True)])
+def test_a_bar_shows_the_check_of_many_files(own_folder, rt, monkeypatch, rank: int, world: int, bar_from: int, hidden: bool):
+    from common import check
+
+    seen = []
+    monkeypatch.setattr(check, "tqdm", lambda found, *_, disable, **__: (seen.append(disable), found)[1])
+    monkeypatch.setattr(check, "BAR_FROM", bar_from)
+    monkeypatch.setattr(check.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(Runtime, "gather", lambda self, mine: mine)
+    check.files(datasets.load(own(own_folder)), replace(rt, rank=rank, world=world))
+    assert seen == [hidden]
+
+
+def test_the_built_in_set_costs_no_check(rt, monkeypatch):
+    from common import check
+
+    monkeypatch.setattr(shapes, "draw", lambda index: pytest.fail("drawn"))
+    monkeypatch.setattr(check, "open_image", lambda *_: pytest.fail("opened"))
+    load_data(settings(), rt)
 
 
 def test_a_camera_may_append_data_to_a_jpeg(tmp_path):
