@@ -126,9 +126,10 @@ def fit(pixels: Tensor, window: Window, mode: str) -> Tensor:
         (height,width,3) or (height,width) uint8.
     """
     if tuple(pixels.shape[1::-1]) != window.size:
-        # [None] comes first: torch then sees a channels_last image, which it resizes in half the time.
+        # [None] first: torch then sees a channels_last image, which it resizes in half the time.
         batch = pixels[None].permute(0, 3, 1, 2) if pixels.ndim == 3 else pixels[None, None]
-        batch = F.interpolate(batch, size=window.size[::-1], mode=mode, antialias=mode == "bilinear")
+        antialias = mode == "bilinear"
+        batch = F.interpolate(batch, size=window.size[::-1], mode=mode, antialias=antialias)
         pixels = batch[0].permute(1, 2, 0) if pixels.ndim == 3 else batch[0, 0]
     return pixels.flip(1) if window.flip else pixels
 

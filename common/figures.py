@@ -71,9 +71,10 @@ def some_pictures(data: DataSource, count: int) -> list[dict]:
 
 
 def shrink(pixels: np.ndarray, longest: int = LONGEST) -> np.ndarray:
-    """An image or a map, (H,W,...), with every n-th row and column, so that no side is longer than `longest`.
+    """Every n-th row and column of an image or a map, (H,W,...): no side longer than `longest`.
 
-    A cell of a figure is some 200 dots wide; matplotlib would turn a large image into floats of many times its size.
+    A cell of a figure is some 200 dots wide; of a large image matplotlib would make floats of many
+    times its size.
     """
     step = -(-max(pixels.shape[:2]) // longest)
     return pixels[::step, ::step]
@@ -91,7 +92,9 @@ def predictions(
     network.eval()
     for sample in samples:
         labels = predict(network, normalise(sample["image"][None].to(rt.device)), args.eval_window, args.kernels)[0]
-        image, target, labels = map(shrink, (sample["image"].numpy(), sample["target"].numpy(), labels.cpu().numpy()))
+        image, target, labels = (
+            shrink(part.cpu().numpy()) for part in (sample["image"], sample["target"], labels)
+        )
         shown = image, colourise(target, data.colours), colourise(labels, data.colours)
         for row, picture in zip(rows, shown):
             row.append(picture)

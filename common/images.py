@@ -1,7 +1,7 @@
 """One image or mask file: opening, turning as EXIF says, decoding, and the labels in a mask.
 
-Everything that reads an image file of the user does it here, so that training, evaluation and prediction see the same
-pixels, and every file that cannot be read ends in one line that names it.
+Everything that reads an image file of the user does it here, so that training, evaluation and
+prediction see the same pixels, and every file that cannot be read ends in one line that names it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,11 +18,16 @@ from torchvision.io import ImageReadMode, decode_jpeg, decode_png, read_file
 from common import InputError
 from common.augment import IGNORE
 
-FORMATS = ("PNG", "JPEG")  # PIL tries no other: it would start Ghostscript for an EPS file, whatever the file's name
-INVALID = 254  # in a `LabelTable`: no class has this number, since there are at most 254 classes, 0 to 253
+FORMATS = (
+    "PNG",
+    "JPEG",
+)  # PIL tries no other: it would start Ghostscript for an EPS file, whatever the file's name
+INVALID = 254  # in a `LabelTable`: no class has this number, since there are at most 254 classes
 TAIL = 4096  # bytes at a file's end that are searched for its end marker
 
-Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; the last two are one past the end
+Box = tuple[
+    int, int, int, int
+]  # left, top, right, bottom in pixels; the last two are one past the end
 
 # What undoes each EXIF orientation. 1 is upright.
 TURNS = {
@@ -40,7 +45,8 @@ TURNS = {
 def naming(path: Path, doing: str) -> Iterator[None]:
     """Turn whatever goes wrong inside into an InputError "PATH: cannot be DOING (reason)".
 
-    On a broken file PIL and torchvision raise OSError, SyntaxError, ValueError, RuntimeError, struct.error and more.
+    On a broken file PIL and torchvision raise OSError, SyntaxError, ValueError, RuntimeError,
+    struct.error and more.
     """
     try:
         with naming_if_too_large(path):
@@ -57,8 +63,13 @@ def naming_if_too_large(path: Path | int) -> Iterator[None]:
     """Turn a lack of memory inside into an InputError that names the image; other errors pass."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch reports a lack of main memory as a plain RuntimeError
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+    except (
+        MemoryError,
+        RuntimeError,
+    ) as error:  # torch reports a lack of main memory as a plain RuntimeError
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(
+            error
+        ):
             raise InputError(f"{path}: too large for this machine's memory") from None
         raise
 
@@ -89,8 +100,9 @@ class ImageFile:
         return (height, width) if self.orientation >= 5 else (width, height)
 
     def halve(self) -> bool:
-        """Decode at half the size from now on, which skips most of a JPEG's decoding; whether that is possible.
+        """Decode at half the size from now on, if that is possible; returns whether it is.
 
+        It is for JPEGs, and skips most of their decoding.
         A turned image of odd size is not halved: its pairs of pixels start at the other end.
         """
         width, height = self.stored_size
@@ -122,7 +134,8 @@ class ImageFile:
         tile = self.header.tile
         if tile and tile[0].args in ("L;2", "L;4"):  # PIL would stretch these values to 0..255
             raise InputError(
-                f"{self.path}: the mask has fewer than 8 bits a pixel; save it as an indexed or an 8-bit grey PNG"
+                f"{self.path}: the mask has fewer than 8 bits a pixel; "
+                "save it as an indexed or an 8-bit grey PNG"
             )
         with naming(self.path, "decoded"):
             self.header.load()
@@ -136,9 +149,10 @@ class ImageFile:
         return values.astype(np.uint8, copy=False)
 
     def check_end(self) -> None:
-        """Whether the file is whole, without decoding it: a file that was cut off has no end marker.
+        """Look for the marker at the file's end, which a file that was cut off has lost.
 
-        Where none is found among the last bytes the file is decoded to be sure, since some cameras append data of their own.
+        Where none is found among the last bytes the file is decoded to be sure, since some cameras
+        append data of their own.
 
         Raises:
             InputError: the file is truncated.
@@ -152,7 +166,10 @@ class ImageFile:
                 self.header.load()
 
     def _decode_fast(self) -> Tensor | None:
-        """(H,W,3) uint8 by torchvision, with PIL's very pixels in less time; None where only PIL decodes as it should."""
+        """(H,W,3) uint8 by torchvision: PIL's very pixels in less time.
+
+        None for what torchvision decodes otherwise: turned, halved, other than 8-bit RGB, broken.
+        """
         drafted = getattr(self.header, "decoderconfig", ())
         if self.orientation != 1 or self.header.mode != "RGB" or drafted:
             return None
@@ -216,7 +233,9 @@ def open_image(path: Path, formats: Sequence[str] = FORMATS) -> ImageFile:
     except InputError as error:
         if "cannot identify image file" in str(error):
             names = " or ".join(formats)
-            raise InputError(f"{path}: cannot be read (no {names} file, whatever its name says)") from None
+            raise InputError(
+                f"{path}: cannot be read (no {names} file, whatever its name says)"
+            ) from None
         raise
 
 
@@ -232,7 +251,8 @@ def open_mask(path: Path, image: ImageFile | Drawn) -> ImageFile:
     found, wanted = ("{}x{}".format(*size) for size in (mask.size, image.size))
     if isinstance(image, ImageFile) and mask.size == image.stored_size:
         raise InputError(
-            f"{path}: the mask has the size of the image before its EXIF rotation, {found} instead of {wanted}; "
+            f"{path}: the mask has the size of the image before its EXIF rotation, "
+            f"{found} instead of {wanted}; "
             f"turn it as viewers show {image.path.name} (EXIF orientation {image.orientation})"
         )
     raise InputError(f"{path}: the mask has {found} pixels, its image {wanted}")
@@ -253,13 +273,17 @@ def exif_orientation(header: Image.Image) -> int:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Decode to 8-bit RGB; 16-bit grey is scaled, not clipped, as PIL's `convert` would."""
     if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert(
+            "RGB"
+        )
     image.load()
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def one_channel(values: np.ndarray, mode: str, path: Path) -> np.ndarray:
-    """The one value a pixel of a grey mask that was saved in colour: (H,W,channels) -> (H,W); alpha is left out.
+    """The one value a pixel of a grey mask that was saved in colour: (H,W,channels) -> (H,W).
+
+    Alpha is left out.
 
     Raises:
         InputError: red, green and blue differ.
@@ -267,7 +291,10 @@ def one_channel(values: np.ndarray, mode: str, path: Path) -> np.ndarray:
     colours = values[..., :3] if mode in ("RGB", "RGBA") else values[..., :1]
     grey = colours[..., :1]
     if mode not in ("RGB", "RGBA", "LA") or (colours != grey).any():
-        raise InputError(f"{path}: the mask is {mode}; one value a pixel is expected (indexed or grey PNG), not colours")
+        raise InputError(
+            f"{path}: the mask is {mode}; one value a pixel is expected (indexed or grey PNG), "
+            "not colours"
+        )
     return np.ascontiguousarray(grey[..., 0])
 
 
@@ -288,16 +315,20 @@ class LabelTable:
 
     def __init__(self, labels: Sequence[int], num_classes: int):
         self.num_classes = num_classes
-        self.bytes = bytes(label if label < num_classes or label == IGNORE else INVALID for label in labels)
+        self.bytes = bytes(
+            label if label < num_classes or label == IGNORE else INVALID for label in labels
+        )
 
     def look_up(self, values: np.ndarray, path: Path | None) -> np.ndarray:
         """Labels of values, both uint8 of one shape; a new, writable array.
 
         Raises:
-            InputError: a label that is neither a class nor 255; the message names the file and its values.
+            InputError: a label that is neither a class nor 255; names the file and the values.
         """
         # bytearray.translate takes a third of the time of numpy's indexing.
-        labels = np.frombuffer(bytearray(values.tobytes()).translate(self.bytes), np.uint8).reshape(values.shape)
+        labels = np.frombuffer(bytearray(values.tobytes()).translate(self.bytes), np.uint8).reshape(
+            values.shape
+        )
         wrong = labels == INVALID
         if wrong.any():
             refuse_labels(values[wrong], f"0 to {self.num_classes - 1} and 255 (ignored)", path)

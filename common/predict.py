@@ -121,9 +121,11 @@ def main(argv: list[str] | None = None) -> None:
         try:
             with naming_if_too_large(path):
                 pixels = open_image(path).pixels()
-                labels = predict(network, normalise(pixels[None].to(device)), description["args"]["eval_window"], impl)
-                labels = labels[0].cpu()
-                overlay = pixels.numpy() // 2 + colourise(labels.numpy(), description["colours"]) // 2
+                images = normalise(pixels[None].to(device))
+                window = description["args"]["eval_window"]
+                labels = predict(network, images, window, impl)[0].cpu()
+                painted = colourise(labels.numpy(), description["colours"])
+                overlay = pixels.numpy() // 2 + painted // 2
         except InputError as error:
             failed.append(str(error))
             continue

@@ -264,7 +264,9 @@ def test_subfolders_are_read_and_hidden_files_are_not(own_folder, rt):
     for part in ("labelled", "unlabelled", "val"):
         write_picture(own_folder / f"images/{part}/street/a.v1.jfif.jpg", seed=9)
         write_picture(own_folder / f"images/{part}/street/.hidden/b.jpg")
-        (own_folder / f"images/{part}/street/a.v1.jfif.jpg").rename(own_folder / f"images/{part}/street/{part}.v1.jfif")
+        (own_folder / f"images/{part}/street/a.v1.jfif.jpg").rename(
+            own_folder / f"images/{part}/street/{part}.v1.jfif"
+        )
         for name in ("._a.jpg", ".DS_Store", "Thumbs.db"):
             (own_folder / f"images/{part}" / name).write_bytes(b"\0")
         write_mask(own_folder / f"masks/{part}/street/{part}.v1.png", 3)
@@ -273,7 +275,9 @@ def test_subfolders_are_read_and_hidden_files_are_not(own_folder, rt):
     assert data.unlabelled[0].name == "street/unlabelled.v1"
     assert (len(data.labelled), len(data.unlabelled), len(data.val)) == (5, 7, 3)
     assert EvalSet(data, data.val)[2]["target"].shape == (48, 64)
-    (own_folder / "list.txt").write_text("images/labelled/street/labelled.v1.jfif masks/labelled/street/labelled.v1.png\n")
+    (own_folder / "list.txt").write_text(
+        "images/labelled/street/labelled.v1.jfif masks/labelled/street/labelled.v1.png\n"
+    )
     mine = datasets.load(own(own_folder, labelled_list=str(own_folder / "list.txt")))
     assert [item.name for item in mine.labelled] == ["street/labelled.v1"]
 
@@ -284,14 +288,24 @@ def test_pseudo_masks_of_images_in_subfolders_lie_in_subfolders(own_folder, rt, 
     from common.masks import write_mask as write_labels
 
     write_picture(own_folder / "images/unlabelled/street/a.jpg")
-    args = own(own_folder, run=str(tmp_path_factory.mktemp("run")), selection="all", stage=2, strong_aug="none")
+    args = own(
+        own_folder,
+        run=str(tmp_path_factory.mktemp("run")),
+        selection="all",
+        stage=2,
+        strong_aug="none",
+    )
     for item in datasets.load(args).unlabelled:
         path = stpp.mask_path(args, 1, item.name)
         assert path.resolve().is_relative_to(args.run)
         write_labels(path, torch.ones(48, 64), ((0, 0, 0),) * 3)
     data = stpp.load_data(args, rt)
     item = next(item for item in data.labelled if item.name == "street/a")
-    assert item.pseudo and (EvalSet(data, (item,))[0]["target"] == 1).all() and (read_mask(item.mask) == 1).all()
+    assert (
+        item.pseudo
+        and (EvalSet(data, (item,))[0]["target"] == 1).all()
+        and (read_mask(item.mask) == 1).all()
+    )
     item.mask.write_bytes(item.mask.read_bytes()[:50])
     with pytest.raises(InputError, match=r"street/a\.png: cannot be"):
         read_mask(item.mask)
@@ -303,7 +317,10 @@ def test_the_benchmark_times_both_ways(monkeypatch, capsys):
     monkeypatch.setattr(loading, "BENCHMARKS", (("tiny JPEG", (80, 60), 32, "jpg", 1.0, 3),))
     loading.benchmark(count=2, rounds=1)
     lines = capsys.readouterr().out.splitlines()
-    assert "1 thread" in lines[0] and [line.split()[2] for line in lines[2:]] == ["unlabelled", "labelled"]
+    assert "1 thread" in lines[0] and [line.split()[2] for line in lines[2:]] == [
+        "unlabelled",
+        "labelled",
+    ]
 
 
 def test_links_to_folders_are_followed_but_not_in_circles(own_folder, tmp_path_factory):
@@ -318,7 +335,9 @@ def test_links_to_folders_are_followed_but_not_in_circles(own_folder, tmp_path_f
 def test_masks_may_be_named_in_capitals_and_classes_may_begin_with_a_byte_order_mark(own_folder):
     for path in (own_folder / "masks/labelled").glob("*.png"):
         path.rename(path.with_suffix(".PNG"))
-    (own_folder / "classes.txt").write_bytes(b"\xef\xbb\xbf" + (own_folder / "classes.txt").read_bytes())
+    (own_folder / "classes.txt").write_bytes(
+        b"\xef\xbb\xbf" + (own_folder / "classes.txt").read_bytes()
+    )
     (own_folder / "list.txt").write_bytes(b"\xef\xbb\xbflabelled1\r\n")
     data = datasets.load(own(own_folder, labelled_list=str(own_folder / "list.txt")))
     assert data.classes[0] == "background" and data.background == 0
@@ -328,7 +347,11 @@ def test_masks_may_be_named_in_capitals_and_classes_may_begin_with_a_byte_order_
 def test_names_with_spaces_are_found_in_lists(own_folder):
     write_picture(own_folder / "images/labelled/my photo.jpg", seed=7)
     write_mask(own_folder / "masks/labelled/my photo.png", 3)
-    for line in ("  my photo ", "images/labelled/my photo.jpg masks/labelled/my photo.png", "my photo.jpg\tmy photo.png"):
+    for line in (
+        "  my photo ",
+        "images/labelled/my photo.jpg masks/labelled/my photo.png",
+        "my photo.jpg\tmy photo.png",
+    ):
         (own_folder / "list.txt").write_text(line + "\nlabelled0\n")
         data = datasets.load(own(own_folder, labelled_list=str(own_folder / "list.txt")))
         assert [item.name for item in data.labelled] == ["labelled0", "my photo"]
@@ -347,7 +370,9 @@ def test_everything_named_twice_is_listed_at_once(own_folder):
         datasets.load(own(own_folder))
     for index in (1, 2):
         write_picture(own_folder / f"images/unlabelled/labelled{index}.png")
-    with pytest.raises(InputError, match=r"two images of one name .*labelled1 \(.*\), labelled2 \("):
+    with pytest.raises(
+        InputError, match=r"two images of one name .*labelled1 \(.*\), labelled2 \("
+    ):
         datasets.load(own(own_folder))
     (own_folder / "classes.txt").write_text("a\nb\na\nb\nc\n")
     with pytest.raises(InputError, match="names a, b twice"):
@@ -361,7 +386,10 @@ def test_everything_named_twice_is_listed_at_once(own_folder):
 def test_masks_of_0_and_255_in_one_set_are_refused(own_folder, rt, part: str, title: str):
     for path in own_folder.glob(f"masks/{part}/*.png"):
         Image.fromarray(np.array(Image.open(path)) // 2 * 255).save(path)
-    with pytest.raises(InputError, match=rf"the masks of the {title} images hold only 0 and 255, such as .*{part}0\.png"):
+    with pytest.raises(
+        InputError,
+        match=rf"the masks of the {title} images hold only 0 and 255, such as .*{part}0\.png",
+    ):
         load_data(own(own_folder), rt)
 
 
@@ -372,7 +400,10 @@ def test_every_broken_file_is_reported_before_training(own_folder, rt):
     (own_folder / "images/unlabelled/unlabelled3.jpg").write_bytes(whole[:-300])
     write_mask(own_folder / "masks/labelled/labelled0.png", 3, (10, 10))
     write_picture(own_folder / "images/val/val1.jpg", (10, 10))
-    with pytest.raises(InputError, match=r"6 images or masks cannot be used: .*unlabelled0.*unlabelled3.* and 1 more"):
+    with pytest.raises(
+        InputError,
+        match=r"6 images or masks cannot be used: .*unlabelled0.*unlabelled3.* and 1 more",
+    ):
         load_data(own(own_folder), rt)
 
 
@@ -395,12 +426,18 @@ def test_processes_share_the_check_and_all_learn_of_every_fault(own_folder, rt, 
         check.files(data, replace(rt, rank=0, world=13))
 
 
-@pytest.mark.parametrize(("rank", "world", "bar_from", "hidden"), [(0, 1, 12, False), (0, 1, 13, True), (1, 2, 12, True)])
-def test_a_bar_shows_the_check_of_many_files(own_folder, rt, monkeypatch, rank: int, world: int, bar_from: int, hidden: bool):
+@pytest.mark.parametrize(
+    ("rank", "world", "bar_from", "hidden"), [(0, 1, 12, False), (0, 1, 13, True), (1, 2, 12, True)]
+)
+def test_a_bar_shows_the_check_of_many_files(
+    own_folder, rt, monkeypatch, rank: int, world: int, bar_from: int, hidden: bool
+):
     from common import check
 
     seen = []
-    monkeypatch.setattr(check, "tqdm", lambda found, *_, disable, **__: (seen.append(disable), found)[1])
+    monkeypatch.setattr(
+        check, "tqdm", lambda found, *_, disable, **__: (seen.append(disable), found)[1]
+    )
     monkeypatch.setattr(check, "BAR_FROM", bar_from)
     monkeypatch.setattr(check.sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(Runtime, "gather", lambda self, mine: mine)
@@ -426,7 +463,10 @@ def test_a_camera_may_append_data_to_a_jpeg(tmp_path):
 def test_images_in_two_sets_are_counted_in_a_note(own_folder, rt, capsys):
     load_data(own(own_folder), rt)
     noted = capsys.readouterr().err  # the miniature set uses the same seeds in its three parts
-    assert "note: 2 images stand in both the labelled and the validation set, such as labelled0.jpg and labelled1.jpg" in noted
+    assert (
+        "note: 2 images stand in both the labelled and the validation set, such as labelled0.jpg and labelled1.jpg"
+        in noted
+    )
     assert "note: 4 images stand in both the labelled and the unlabelled set" in noted
     for index in range(2):
         write_picture(own_folder / f"images/val/val{index}.jpg", seed=50 + index)
@@ -445,15 +485,24 @@ def test_only_files_of_one_length_are_hashed(tmp_path):
         paths[name] = tmp_path / name
         paths[name].write_text(content)
     hashes = same_contents([Set("x", paths)])
-    assert set(hashes) == {paths["a"], paths["b"], paths["c"]} and hashes[paths["a"]] == hashes[paths["b"]]
+    assert (
+        set(hashes) == {paths["a"], paths["b"], paths["c"]}
+        and hashes[paths["a"]] == hashes[paths["b"]]
+    )
 
 
 def test_a_file_of_another_kind_is_refused_whatever_its_name(tmp_path, monkeypatch):
     from PIL import EpsImagePlugin
 
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("started Ghostscript"))
-    (tmp_path / "p.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n")
-    with pytest.raises(InputError, match=r"p\.png: cannot be read \(no PNG or JPEG file, whatever its name says\)"):
+    monkeypatch.setattr(
+        EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("started Ghostscript")
+    )
+    (tmp_path / "p.png").write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    with pytest.raises(
+        InputError, match=r"p\.png: cannot be read \(no PNG or JPEG file, whatever its name says\)"
+    ):
         open_image(tmp_path / "p.png").pixels()
 
 
@@ -471,7 +520,9 @@ def test_an_image_too_large_for_the_memory_is_named(own_folder, monkeypatch):
     from common import data as loading
 
     def fail(*_):
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        raise RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        )
 
     data = datasets.load(own(own_folder))
     monkeypatch.setattr(loading, "fit", fail)
@@ -527,12 +578,16 @@ def test_images_are_turned_as_viewers_turn_them(tmp_path, orientation: int, suff
 
 @pytest.mark.parametrize("size", [(320, 240), (319, 240), (320, 239)])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_half_size_decoding_is_right_for_turned_images(tmp_path, orientation: int, size: tuple[int, int]):
+def test_half_size_decoding_is_right_for_turned_images(
+    tmp_path, orientation: int, size: tuple[int, int]
+):
     shown = write_turned(tmp_path / "p.jpg", size, orientation)
     window = Window((24, 32, 216, 224), (96, 96), flip=False)
     sample = crop_image(open_image(tmp_path / "p.jpg"), window, 96)
     exact = Image.fromarray(shown).resize((96, 96), Image.Resampling.BILINEAR, box=window.box)
-    assert np.abs(sample["image"].numpy().astype(int) - np.asarray(exact)).mean() < 1.2  # one pixel off: over 1.6
+    assert (
+        np.abs(sample["image"].numpy().astype(int) - np.asarray(exact)).mean() < 1.2
+    )  # one pixel off: over 1.6
 
 
 def test_turned_images_are_trained_and_evaluated_upright(own_folder, rt):
@@ -545,7 +600,10 @@ def test_turned_images_are_trained_and_evaluated_upright(own_folder, rt):
     assert EvalSet(data, data.val)[0]["target"].shape == (64, 48)
     sample = TrainSet(data, data.labelled, WeakAugment(64, ScaleFrom((1.0,))), 0, 0)[Key(0, 0, 0)]
     assert sample["valid_mask"].sum(0).max() == 64 and sample["valid_mask"].sum(1).max() == 48
-    groups = [batch["image"].shape[1:3] for batch in equal_size_loader(data, data.val, own(own_folder), rt)]
+    groups = [
+        batch["image"].shape[1:3]
+        for batch in equal_size_loader(data, data.val, own(own_folder), rt)
+    ]
     assert sorted(groups) == [(48, 64), (64, 48)]
 
 
@@ -621,7 +679,9 @@ def test_masks_of_every_mode_give_their_labels(tmp_path, mode: str):
     write_picture(tmp_path / "i.png")
     window = Window((8, 8, 40, 40), (32, 32), flip=False)
     item = Item("i", tmp_path / "i.png", tmp_path / "m.png")
-    part = crop_target(open_mask(item.mask, open_image(item.image)), item, labels_for(2), window, 32)
+    part = crop_target(
+        open_mask(item.mask, open_image(item.image)), item, labels_for(2), window, 32
+    )
     assert np.array_equal(part, labels[8:40, 8:40])
 
 
