@@ -393,6 +393,19 @@ def test_masks_of_0_and_255_in_one_set_are_refused(own_folder, rt, part: str, ti
         load_data(own(own_folder), rt)
 
 
+def test_a_wrong_label_is_found_in_the_crop_that_holds_it(own_folder):
+    """Of a large set only some masks are looked up before training."""
+    write_mask(own_folder / "masks/labelled/labelled0.png", 3, extra=(77,))  # the first pixel
+    data = datasets.load(own(own_folder))
+    item = data.labelled[0]
+    mask = open_mask(item.mask, open_image(item.image))
+    crop_target(mask, item, Labels(data), Window((1, 0, 33, 32), (32, 32), False), 32)
+    whole = TrainSet(data, data.labelled, WeakAugment(64, ScaleFrom((1.0,))), 0, 0)
+    for load in (lambda: whole[Key(0, 0, 0)], lambda: EvalSet(data, data.labelled)[0]):
+        with pytest.raises(InputError, match=r"labelled0\.png: labels 77 in the mask; 0 to 2 and"):
+            load()
+
+
 def test_every_broken_file_is_reported_before_training(own_folder, rt):
     for index in range(3):
         (own_folder / f"images/unlabelled/unlabelled{index}.jpg").write_bytes(b"nothing")
