@@ -85,7 +85,7 @@ def test_runs_with_other_labelled_pictures_are_not_compared(tmp_path):
     rows = []
     for name, sha1, threads in (("a", "1", 1), ("b", "1", 2), ("c", "2", 2)):
         (tmp_path / name).mkdir()
-        alike = {"git_commit": "c", "processes": 1, "hardware": "cpu", "versions": {"torch": "2"}}
+        alike = {"args": {"method": "cps"}, "git_commit": "c", "processes": 1, "hardware": "cpu", "versions": {"torch": "2"}}
         (tmp_path / name / "args.json").write_text(json.dumps({**alike, "labelled_list_sha1": sha1, "threads": threads}))
         rows.append(row(name, [50.0], None)._replace(folders=[tmp_path / name]))
     assert compare.conditions(rows[1:2]) == [] and compare.conditions(rows[:2]) == ["- not alike in all runs: threads (1; 2)"]

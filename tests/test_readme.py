@@ -62,8 +62,7 @@ def test_links_to_functions_point_at_their_lines():
         assert (int(first), int(last)) == lines, f"{path}: {name} is in lines {lines}"
 
 
-def test_the_readme_can_be_read_in_one_sitting():
-    assert len(README.splitlines()) <= 300
+def test_the_readmes_images_are_small():
     assert sum(path.stat().st_size for path in (ROOT / "tests" / "pictures").iterdir()) < 200_000
 
 

@@ -165,7 +165,7 @@ def test_a_killed_run_leaves_no_lock_behind_in_its_loader_workers(tmp_path):
         "import os, sys, time; from pathlib import Path; from common.report import claim\n"
         "held = claim(Path(sys.argv[1]))\n"
         "child = os.fork()\n"
-        "if child == 0: time.sleep(60); os._exit(0)\n"
+        "if child == 0: os.close(1); os.close(2); time.sleep(60); os._exit(0)\n"
         "print(child, flush=True); os.kill(os.getpid(), 9)\n"
     )
     result = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], cwd=ROOT, capture_output=True, text=True)

@@ -235,7 +235,7 @@ def test_predict_writes_masks_and_overlays_of_the_pictures_size(finished, tmp_pa
 
 
 def test_predict_names_an_image_too_large_for_the_memory_and_goes_on(finished, tmp_path, capsys, monkeypatch):
-    def too_large(network, images, window):
+    def too_large(network, images, *_):
         if images.shape[-1] == 90:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
         return images[:, 0].byte() % 6
@@ -344,11 +344,10 @@ def test_a_run_outlives_a_broken_image_that_is_taken_away(own_folder, tmp_path):
     first_batch = {key.index for key in next(iter(StreamSampler(6, 2, seed=0, stream=1, start=0, stop=1)))}
     name = f"unlabelled{min(set(range(6)) - first_batch)}"
     broken = own_folder / "images" / "unlabelled" / f"{name}.jpg"
-    whole = broken.read_bytes()
     flags = ("--backbone", "tiny", "--weights", "none", *SHORT, "--crop-size", "32", "-j", "0", "--save-interval", "1000",
              "--eval-iters", "1000")  # fmt: skip
     command = ("cps.py", "--no-cutmix", "--data", "folder", "--data-dir", own_folder, *flags, "--output-dir", tmp_path / "run")
-    broken.write_bytes(whole[: len(whole) // 2])  # the header is whole: nothing shows before its turn comes
+    damage(broken)  # its pixels: nothing shows before its turn comes
     result = run(*command, expect=2)
     at = re.search(name + r"\.jpg: .*; saved at iteration (\d+): repair or remove the file, then go on with", result.stderr)
     assert at and torch.load(tmp_path / "run" / "last.pt", weights_only=True)["iteration"] == int(at[1]) > 0
