@@ -57,15 +57,14 @@ SHAPES = [
 ]
 
 BYTES_PER_SECOND = 4.8e12  # memory bandwidth in NVIDIA's data sheet of the H200
-CYCLES_PER_SECOND = (
-    132 * 4 * 1.755e9
-)  # of an H200's 132 multiprocessors, each with 4 schedulers that issue one a cycle
+# Of an H200's 132 multiprocessors, each with 4 schedulers that issue one a cycle.
+CYCLES_PER_SECOND = 132 * 4 * 1.755e9
 
-# Instruction -> the unit of its scheduler that it keeps busy, and for how many cycles; all others are
-# comparisons, moves and integer operations, 2 cycles. A multiprocessor of sm_90 does 128 float
+# Instruction -> the unit of its scheduler that it keeps busy, and for how many cycles; all others
+# are comparisons, moves and integer operations, 2 cycles. A multiprocessor of sm_90 does 128 float
 # multiply-adds, 64 integer ones, 64 comparisons or integer operations, or 16 exponentials a cycle,
-# that is 4, 2, 2 and 0.5 warps.
-# Source: CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions", capability 9.0.
+# that is 4, 2, 2 and 0.5 warps. Source: CUDA C++ Programming Guide, "Throughput of Native
+# Arithmetic Instructions", capability 9.0.
 UNITS = {
     "FFMA": ("multiply-add", 1),
     "FADD": ("multiply-add", 1),
@@ -95,7 +94,7 @@ class Use(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A launch that did not run: the kernel's name, what Triton compiled, the grid, the arguments."""
+    """A launch that did not run: the kernel, what Triton compiled, the grid, the arguments."""
 
     kernel: str
     compiled: object
@@ -126,8 +125,8 @@ class NoGPU:
 def dry_run(target: str) -> Iterator[list[Launch]]:
     """Inside, the launches of the public functions are compiled for `target` and listed, not run.
 
-    Tensors in the host's memory are taken for the GPU's. For kernels that are compiled, that is where
-    TRITON_INTERPRET has not been set when `kernels` was imported.
+    Tensors in the host's memory are taken for the GPU's. For kernels that are compiled, that is
+    where TRITON_INTERPRET has not been set when `kernels` was imported.
     """
     launches = []
     run = JITFunction.run
@@ -230,7 +229,8 @@ class Cost(NamedTuple):
 
     Attributes:
         registers, spilled, stack, shared: registers a thread; the others in bytes.
-        instructions: issued for each pixel and class (or value, or negative), by a warp for 32 at once.
+        instructions: issued for each pixel and class (or value, or negative), by a warp for 32 at
+            once.
         cycles: for which the same keep each unit of `UNITS` busy.
     """
 
@@ -299,8 +299,8 @@ def instructions(launch: Launch, code: "Disassembly") -> dict[str, float]:
 def work(launch: Launch) -> float:
     """Pixels times classes (or values, or 32 times negatives) that the lanes of a launch handle.
 
-    0 where the code's length says nothing of the time: for the small kernels, and for the percentile's
-    later passes, whose code holds two branches of which a block takes one.
+    0 where the code's length says nothing of the time: for the small kernels, and for the
+    percentile's later passes, whose code holds two branches of which a block takes one.
     """
     arguments = launch.arguments
     programs = launch.grid[0] * (launch.grid[1] if len(launch.grid) > 1 else 1)
@@ -330,7 +330,10 @@ def cell_parts(arguments: dict[str, object]) -> float:
 
 
 def traffic(launch: Launch) -> int:
-    """Bytes of a launch's tensors, each moved once; of a memory bank the rows that the indices name."""
+    """Bytes of a launch's tensors, each moved once.
+
+    Of a memory bank only the rows count that the indices name.
+    """
     arguments = launch.arguments
     sizes = {key: value.nbytes for key, value in arguments.items() if isinstance(value, Tensor)}
     if "bank_ptr" in sizes:
@@ -392,7 +395,10 @@ def name(line: str) -> str:
 
 
 def unrolled(body: list[str], pixels: int) -> int:
-    """How many classes one turn of a loop handles: each pixel takes one maximum or one exponential."""
+    """How many classes one turn of a loop handles.
+
+    Each pixel takes one maximum or one exponential a class.
+    """
     marks = (sum(name(line) == "FMNMX" for line in body), sum("MUFU.EX2" in line for line in body))
     return max(max(marks) // pixels, 1)
 
@@ -405,9 +411,8 @@ def launches_of(use: Use, target: str) -> dict[str, Launch]:
     for launch in launches:
         if not any(launch.compiled is other.compiled for other in found.values()):
             number = sum(launch.kernel == other.kernel for other in found.values())
-            found[
-                f"{launch.kernel.removesuffix('_kernel')}{f' {number + 1}' if number else ''}"
-            ] = launch
+            kernel = launch.kernel.removesuffix("_kernel")
+            found[f"{kernel} {number + 1}" if number else kernel] = launch
     return found
 
 

@@ -1,41 +1,50 @@
 """Pixel-wise cross-entropy of logits that are interpolated to the target's size, with its gradient.
 
-    z(n,c,y,x) = bilinear(logits)                    at the target's resolution
-    loss       = sum_{n,y,x} w · (log sum_c exp z(c) - z(t)),      t = target,  w = pixel_weight · class_weight[t]
-    d loss / d z(c) = w · (softmax(z)(c) - [c = t]),  and from z to the logits by the transposed interpolation
+    z(n,c,y,x) = bilinear(logits)                              at the target's resolution
+    loss       = sum_{n,y,x} w · (log sum_c exp z(c) - z(t))   t = target
+                                                               w = pixel_weight · class_weight[t]
+    d loss / d z(c) = w · (softmax(z)(c) - [c = t])
 
-Plain PyTorch (interpolate, cross_entropy, backward) reads and writes N x C x H x W tensors about nine times: 1.5 GB for
-8 x 21 x 513 x 513. The kernel's two launches read the logits (at stride 4 a sixteenth of that) three times each, the labels
-once in all, and both write the float32 gradient of the logits: 19 MB if the caches hold what is read again, 69 MB if they hold
-nothing. Around them, bfloat16 logits that come as channels_last, as the networks give them, are copied
-to planes (11 MB), and the backward pass scales the gradient (17 MB): 47 to 97 MB in all. A third launch
-adds up the programs' sums.
+and from z to the logits by the transposed interpolation.
+
+Plain PyTorch (interpolate, cross_entropy, backward) reads or writes a tensor of N x C x H x W
+floats eight times: 1.4 GB for 8 x 21 x 513 x 513, 1.54 GB with the labels and the rest. The
+kernel's two launches read the logits (at stride 4 a sixteenth of that) three times each, the
+labels once in all, and both write the float32 gradient of the logits: 19 MB if the caches hold
+what is read again, 69 MB if they hold nothing. Around them, bfloat16 logits that come as
+channels_last, as the networks give them, are copied to planes (11 MB), and the backward pass
+scales the gradient (17 MB): 47 to 97 MB in all. A third launch adds up the programs' sums.
 
 It is bound by instructions instead: two exponentials and about 22 instructions a pixel and class.
-(`python -m kernels.aot`, sm_90: 98 registers for 129 -> 513, 112 for 128 -> 512, nothing spilled; to
-issue the instructions of both launches for a batch of 8 takes an H200 at least 34 and 42 µs at
-1.755 GHz. No run yet.)
+(`python -m kernels.aot`, sm_90: 98 registers for 129 -> 513, 112 for 128 -> 512, nothing spilled;
+to issue the instructions of both launches for a batch of 8 takes an H200 at least 34 and 42 µs at
+1.755 GHz. It has not run on a GPU yet.)
 
-Each lane owns a cell (see `interpolation.py`) and passes over the classes three times: for the maximum, for the sum of
-exponentials, and for the gradient, which it collapses to the cell's four corners. A node takes part in four cells. The left and
-the right one are neighbouring lanes, which exchange their parts; the last lane of a program only recomputes for its neighbour.
-The upper and the lower one belong to two launches, one for the even rows of cells and one for the odd ones, so that every
+Each lane owns a cell (see `interpolation.py`) and passes over the classes three times: for the
+maximum, for the sum of exponentials, and for the gradient, which it collapses to the cell's four
+corners.
+
+A node takes part in four cells. The left and the right one are neighbouring lanes, which exchange
+their parts; the last lane of a program only recomputes for its neighbour. The upper and the lower
+one belong to two launches, one for the even rows of cells and one for the odd ones, so that every
 node has one writer at a time: no atomics, no scratch memory, the same bits from run to run.
 
-Logits at the target's own size need no interpolation and have their own kernel, in `cross_entropy_full.py`.
+Logits at the target's own size need no interpolation and have their own kernel, in
+`cross_entropy_full.py`.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cross_entropy_full import cross_entropy_full_op
 from kernels.cross_entropy_map import (
     check_labels,
     cross_entropy_map_op,
-    cross_entropy_reference,
     divide_by_weight,
     launch_forward,
     launch_sum,
+    pixels_of,
 )
 from kernels.interpolation import (
     CELL_LANES,
@@ -45,6 +54,8 @@ from kernels.interpolation import (
     cell_axis,
     cell_corners,
     cell_jit,
+    chunks,
+    in_full_precision,
     interpolate_row,
     load_corners,
     log_sum_exp,
@@ -55,6 +66,65 @@ from kernels.interpolation import (
     tl_type,
     use_triton,
 )
+
+
+@in_full_precision
+def cross_entropy_reference(
+    logits: Tensor,
+    target: Tensor,
+    pixel_weight: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    align_corners: bool,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operation in plain PyTorch, a few images at a time and in place.
+
+    One full-resolution tensor is alive at most.
+
+    Args:
+        logits, target, pixel_weight, class_weight, ignore_index, align_corners: as in
+            `cross_entropy`.
+        with_gradient: whether to compute the gradient.
+
+    Returns:
+        Sum of weight · loss, (); sum of weight, (); and the gradient of the first with respect to
+        the logits, (N,C,h,w), or an empty tensor.
+    """
+    dtype, device = accumulator(logits.dtype), logits.device
+    nodes, size = tuple(logits.shape[2:]), tuple(target.shape[1:])
+    inputs = (logits, target, pixel_weight, class_weight, ignore_index, align_corners)
+    loss_sum, weight_sum = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
+    gradient = torch.empty(logits.shape if with_gradient else 0, dtype=dtype, device=device)
+    if with_gradient and nodes != size:
+        from_rows, from_columns = (
+            interpolation_matrix(few, many, align_corners, dtype, device)
+            for few, many in zip(nodes, size, strict=True)
+        )  # (h,H), (w,W)
+
+    for some in chunks(logits, size):
+        label, weight, loss, z, total = pixels_of(*inputs, some)
+        loss_sum += loss.sum(dtype=torch.float64)
+        weight_sum += weight.sum(dtype=torch.float64)
+        if with_gradient:
+            # w · (softmax(z)(c) - [c = t])
+            of_label = z.gather(1, label) / total - 1
+            z *= weight[:, None] / total
+            z.scatter_(1, label, weight[:, None] * of_label)
+            gradient[some] = z if nodes == size else from_rows @ (z @ from_columns.T)
+    return loss_sum.to(dtype), weight_sum.to(dtype), gradient
+
+
+def interpolation_matrix(
+    nodes: int, outputs: int, align_corners: bool, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """(nodes,outputs): what each node gives to each output; what interpolates is its transpose.
+
+    The transposed interpolation is then two matrix products: deterministic, and at least as fast
+    as torch's own.
+    """
+    each = torch.eye(nodes, dtype=dtype, device=device)[None]
+    return F.interpolate(each, size=outputs, mode="linear", align_corners=align_corners)[0]
 
 
 @cell_jit
@@ -84,7 +154,10 @@ def cross_entropy_kernel(
     ACC: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Loss and gradient of the even or the odd rows of cells, one lane a cell, ROWS x COLUMNS of its pixels at a time."""
+    """Loss and gradient of the even or the odd rows of cells.
+
+    One lane has one cell, and takes ROWS x COLUMNS of its pixels at a time.
+    """
     ON_NODE: tl.constexpr = RATIO > 0 and RATIO <= ROWS and RATIO <= COLUMNS
     WEIGHTED: tl.constexpr = pixel_weight_ptr is not None or class_weight_ptr is not None
     PARTS: tl.constexpr = ROW_PARTS * COLUMN_PARTS
@@ -102,7 +175,8 @@ def cross_entropy_kernel(
     column = cell % (w + 1)
     here = row <= h
     own = here & (lane < LANES - 1)
-    has_top = own & (row > 0) & (column < w)  # whether the corners on the right are nodes, for this lane to write
+    # Whether the corners on the right are nodes, for this lane to write.
+    has_top = own & (row > 0) & (column < w)
     has_bottom = own & (row < h) & (column < w)
     row = tl.minimum(row, h)
     corners = cell_corners(row, column, h, w)
@@ -111,10 +185,15 @@ def cross_entropy_kernel(
     for part in range(PARTS):
         row_slot = part // COLUMN_PARTS * ROWS
         column_slot = part % COLUMN_PARTS * COLUMNS
-        y, weight_y, exists_y = cell_axis(row, first_y_ptr, weight_y_ptr, row_slot, H, ROWS, RATIO, ACC)
-        x, weight_x, exists_x = cell_axis(column, first_x_ptr, weight_x_ptr, column_slot, W, COLUMNS, RATIO, ACC)
+        y, weight_y, exists_y = cell_axis(
+            row, first_y_ptr, weight_y_ptr, row_slot, H, ROWS, RATIO, ACC
+        )
+        x, weight_x, exists_x = cell_axis(
+            column, first_x_ptr, weight_x_ptr, column_slot, W, COLUMNS, RATIO, ACC
+        )
         occupied = tl.max((here & exists_y[0] & exists_x[0]).to(tl.int32), 0)
-        # Of most cells only the first part has pixels; it also writes the zeros of those that have none.
+        # Of most cells only the first part has pixels; it also writes the zeros of those that have
+        # none.
         if (part == 0) | (occupied > 0):
             label = ()
             weight = ()
@@ -123,9 +202,12 @@ def cross_entropy_kernel(
                     pixel = y[r] * W + x[s]
                     exists = here & exists_y[r] & exists_x[s]
                     t = tl.load(target_ptr + pixel, mask=exists, other=0).to(tl.int32)
-                    tl.device_assert(((t >= 0) & (t < C)) | (t == IGNORE), "label outside the classes")
+                    tl.device_assert(
+                        ((t >= 0) & (t < C)) | (t == IGNORE), "label outside the classes"
+                    )
                     valid = exists & (t != IGNORE) & (t >= 0) & (t < C)
-                    # As a float: a comparison with the class counter below is then one instruction. -1 does not count.
+                    # As a float: a comparison with the class counter below is then one instruction.
+                    # -1 does not count.
                     label = label + (tl.where(valid, t, -1).to(tl.float32),)
                     v = tl.where(valid, 1.0, 0.0).to(ACC)
                     if pixel_weight_ptr is not None:
@@ -136,7 +218,9 @@ def cross_entropy_kernel(
                     if WEIGHTED:
                         weight = weight + (v,)
 
-            log_sum = log_sum_exp(logits_ptr, corners, plane, weight_y, weight_x, C, ROWS, COLUMNS, ON_NODE, ACC)
+            log_sum = log_sum_exp(
+                logits_ptr, corners, plane, weight_y, weight_x, C, ROWS, COLUMNS, ON_NODE, ACC
+            )
             denominator = ()
             for k in tl.static_range(ROWS * COLUMNS):
                 # So large where a pixel does not count that all its probabilities are 0.
@@ -174,8 +258,10 @@ def cross_entropy_kernel(
                         to_bottom_left += to_left * weight_y[r]
                         to_bottom_right += to_right * weight_y[r]
                 label_c += 1.0
-                # The node at this cell's right is the one at the next cell's left, in the next lane.
-                top = to_top_right - to_bottom_right + tl.gather(to_top_left - to_bottom_left, next_lane, 0)
+                # The node at this cell's right is the one at the next cell's left, in the next
+                # lane.
+                top_of_next = tl.gather(to_top_left - to_bottom_left, next_lane, 0)
+                top = to_top_right - to_bottom_right + top_of_next
                 bottom = to_bottom_right + tl.gather(to_bottom_left, next_lane, 0)
                 at_top = gradient_ptr + c * plane + corners[1]
                 at_bottom = gradient_ptr + c * plane + corners[3]
@@ -210,7 +296,8 @@ def launch(
         What `launch_sum` adds up, (2,N,programs,2) float64; gradient of the sum of weight · loss,
         (N,C,h,w).
     """
-    (n, classes, h, w), size, dtype = logits.shape, tuple(target.shape[1:]), accumulator(logits.dtype)
+    n, classes, h, w = logits.shape
+    size, dtype = tuple(target.shape[1:]), accumulator(logits.dtype)
     logits, target, pixel_weight, class_weight = (
         x if x is None else x.contiguous() for x in (logits, target, pixel_weight, class_weight)
     )
@@ -219,8 +306,8 @@ def launch(
     if weighted:
         limit = register_limit(128)
     else:
-        # 112 instead of 127 registers: 18 programs share a multiprocessor instead of 16. So the 2168
-        # programs of a batch of 8, 128 -> 512, fit the 132 multiprocessors of an H200 at once,
+        # 112 instead of 127 registers: 18 programs share a multiprocessor instead of 16. So the
+        # 2168 programs of a batch of 8, 128 -> 512, fit the 132 multiprocessors of an H200 at once,
         # instead of 2112 and then 56.
         limit = {} if walk.ratio else register_limit(112)
     gradient = logits.new_empty(logits.shape, dtype=dtype)
@@ -228,7 +315,8 @@ def launch(
     partial = logits.new_empty((2, n, grid[0], 2), dtype=torch.float64)
     for odd in (False, True):
         cross_entropy_kernel[grid](
-            logits, target, pixel_weight, class_weight, partial, gradient, *walk.tables, h, w, *size,
+            logits, target, pixel_weight, class_weight, partial, gradient,
+            *walk.tables, h, w, *size,
             C=classes, IGNORE=ignore_index, ODD=odd, RATIO=walk.ratio, ROWS=walk.rows,
             COLUMNS=walk.columns, ROW_PARTS=walk.row_parts, COLUMN_PARTS=walk.column_parts,
             ACC=tl_type(dtype), LANES=CELL_LANES, num_warps=1, **limit,
@@ -269,7 +357,11 @@ def cross_entropy_op(
 def _(logits, target, pixel_weight, class_weight, ignore, align_corners, mean, with_gradient, impl):
     dtype = accumulator(logits.dtype)
     shape = logits.shape if with_gradient else (0,)
-    return logits.new_empty((), dtype=dtype), logits.new_empty((), dtype=dtype), logits.new_empty(shape, dtype=dtype)
+    return (
+        logits.new_empty((), dtype=dtype),
+        logits.new_empty((), dtype=dtype),
+        logits.new_empty(shape, dtype=dtype),
+    )
 
 
 def keep_gradient(ctx, inputs, output) -> None:
@@ -316,22 +408,29 @@ def cross_entropy(
         align_corners: how the bilinear interpolation places its corners.
         pixel_weight: (N,H,W) or None; a constant, no gradient reaches it.
         class_weight: (C,) or None; a constant, too.
-        reduction: "mean" = sum of w·loss / sum of w over valid pixels, w = pixel_weight · class_weight; "sum"; or "none".
-        impl: "auto" = Triton on CUDA, or anywhere with TRITON_INTERPRET=1, else PyTorch; "triton"; or "torch".
+        reduction: "mean" = sum of w·loss / sum of w over valid pixels, w = pixel_weight ·
+            class_weight; "sum"; or "none".
+        impl: "auto", what `set_backend` chose; "triton"; or "torch".
 
     Returns:
-        A scalar with gradient (of first order), or (N,H,W) without gradient for "none". float64 logits compute in float64, all
-        others in float32. Where every pixel is ignored: 0 with zero gradient (PyTorch gives NaN).
+        A scalar with gradient (of first order), or (N,H,W) without gradient for "none". float64
+        logits compute in float64, all others in float32. Where every pixel is ignored: 0 with
+        zero gradient (PyTorch gives NaN).
 
     Raises:
-        ValueError: shapes that do not fit, an unknown reduction or impl, "triton" without a GPU, or on a CPU a label outside
-            the classes that is not `ignore_index`. On a GPU such a label does not count, and TRITON_DEBUG=1 catches it.
+        ValueError: shapes that do not fit, an unknown reduction or impl, "triton" without a GPU, or
+            on a CPU a label outside the classes that is not `ignore_index`. On a GPU such a label
+            does not count, and TRITON_DEBUG=1 catches it.
+            the classes that is not `ignore_index`. On a GPU such a label does not count, and
+            TRITON_DEBUG=1 catches it.
     """
     check_shapes(logits, target, pixel_weight, class_weight)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction {reduction!r}: mean, sum or none")
     if reduction == "none":
-        return cross_entropy_map_op(logits.detach(), target, pixel_weight, class_weight, ignore_index, align_corners, impl)
+        return cross_entropy_map_op(
+            logits.detach(), target, pixel_weight, class_weight, ignore_index, align_corners, impl
+        )
     inputs, mean = (logits, target, pixel_weight, class_weight, ignore_index), reduction == "mean"
     if logits.shape[2:] == target.shape[1:] and use_triton(impl, logits.device):
         return cross_entropy_full_op(*inputs, mean)[0]
@@ -339,12 +438,23 @@ def cross_entropy(
     return cross_entropy_op(*inputs, align_corners, mean, with_gradient, impl)[0]
 
 
-def check_shapes(logits: Tensor, target: Tensor, pixel_weight: Tensor | None, class_weight: Tensor | None) -> None:
+def check_shapes(
+    logits: Tensor, target: Tensor, pixel_weight: Tensor | None, class_weight: Tensor | None
+) -> None:
     """Raise ValueError unless the shapes fit each other."""
     shape = tuple(logits.shape)
     if logits.ndim != 4 or target.ndim != 3 or len(logits) != len(target) or shape[1] > 254:
-        raise ValueError(f"logits (N,C,h,w) with C <= 254 and target (N,H,W) are needed, not {shape} and {tuple(target.shape)}")
+        raise ValueError(
+            f"logits (N,C,h,w) with C <= 254 and target (N,H,W) are needed, "
+            f"not {shape} and {tuple(target.shape)}"
+        )
     if pixel_weight is not None and pixel_weight.shape != target.shape:
-        raise ValueError(f"pixel_weight {tuple(pixel_weight.shape)} does not have the target's shape {tuple(target.shape)}")
+        raise ValueError(
+            f"pixel_weight {tuple(pixel_weight.shape)} does not have "
+            f"the target's shape {tuple(target.shape)}"
+        )
     if class_weight is not None and class_weight.shape != shape[1:2]:
-        raise ValueError(f"class_weight {tuple(class_weight.shape)} does not have one value for each of {shape[1]} classes")
+        raise ValueError(
+            f"class_weight {tuple(class_weight.shape)} does not have "
+            f"one value for each of {shape[1]} classes"
+        )

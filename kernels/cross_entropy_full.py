@@ -1,10 +1,19 @@
-"""Cross-entropy of logits that have the target's size already: nothing to interpolate, only traffic to save.
+"""Cross-entropy of logits that have the target's size already: only traffic to save.
 
-PyTorch (log_softmax, nll_loss and their backward passes) moves the N x C x H x W tensor six times. Here the forward pass reads
-it once and keeps a log-sum-exp a pixel; the backward pass reads it again and writes the gradient: three times in all. Logits
-that are not contiguous (channels_last) are copied first, in each of the two passes.
-sm_90, 21 classes: 40 and 40 registers, nothing spilled, 18 and 20 instructions a pixel and class; the traffic bounds it.
-Equations, arguments and reference as in `cross_entropy.py`.
+There is nothing to interpolate. PyTorch (log_softmax, nll_loss and their backward passes) moves
+the N x C x H x W tensor six times. Here the forward pass reads it once and keeps a log-sum-exp a
+pixel; the backward pass reads it again and writes the gradient: three times in all. Logits that
+are not contiguous (channels_last) are copied first, in each of the two passes.
+
+No script has such logits. The kernel is kept for two reasons. It is the simplest one with a
+softmax over classes, one lane a pixel, and so the step of README.md's ladder between a row of
+numbers and a cell. And it is the yardstick for the one idea of this package: it is as fused as a
+kernel can be that reads full-resolution logits, and still has to move them three times.
+
+sm_90, 21 classes: 40 and 40 registers, nothing spilled, 18 and 20 instructions a pixel and class;
+the backward pass is bound by the traffic. It has not run on a GPU yet.
+
+Equations, arguments and reference are those of `cross_entropy.py`.
 """
 
 import torch
@@ -35,12 +44,12 @@ def full_size_kernel(
     ACC: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Logits at the target's own size, one lane a pixel: the loss going forward, or with `gradient_ptr` the gradient.
+    """The loss going forward, or with `gradient_ptr` the gradient; one lane a pixel.
 
-    KEEP holds all classes of a pixel in registers. Going forward they are read once instead of twice.
-    Going backward they are all read before the first gradient is written: as the compiler cannot know
-    that these do not overlap, it moves no load above a store, and a lane would wait for each of its
-    classes in turn.
+    KEEP holds all classes of a pixel in registers. Going forward they are read once instead of
+    twice. Going backward they are all read before the first gradient is written: as the compiler
+    cannot know that these do not overlap, it moves no load above a store, and a lane would wait
+    for each of its classes in turn.
     """
     image = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * LANES + tl.arange(0, LANES)
@@ -65,7 +74,9 @@ def full_size_kernel(
         if KEEP:
             kept = ()
             for c in tl.static_range(C):
-                kept = kept + (tl.load(logits_ptr + c * pixels, mask=here, other=0.0).to(ACC) * LOG2E,)
+                kept = kept + (
+                    tl.load(logits_ptr + c * pixels, mask=here, other=0.0).to(ACC) * LOG2E,
+                )
             for c in tl.static_range(C):
                 g = weight * (tl.exp2(kept[c] - denominator) - tl.where(t == c, 1.0, 0.0))
                 tl.store(gradient_ptr + c * pixels, tl.where(valid, g, 0.0), mask=here)
@@ -77,20 +88,26 @@ def full_size_kernel(
                 logits_ptr += pixels
                 gradient_ptr += pixels
     else:
-        of_label = tl.load(logits_ptr + t.to(tl.int64) * pixels, mask=valid, other=0.0).to(ACC) * LOG2E
+        of_label = (
+            tl.load(logits_ptr + t.to(tl.int64) * pixels, mask=valid, other=0.0).to(ACC) * LOG2E
+        )
         highest = tl.full([LANES], float("-inf"), ACC)
         total = tl.zeros([LANES], ACC)
         if KEEP:
             kept = ()
             for c in tl.static_range(C):
-                kept = kept + (tl.load(logits_ptr + c * pixels, mask=here, other=0.0).to(ACC) * LOG2E,)
+                kept = kept + (
+                    tl.load(logits_ptr + c * pixels, mask=here, other=0.0).to(ACC) * LOG2E,
+                )
                 highest = tl.maximum(highest, kept[c])
             for c in tl.static_range(C):
                 total += tl.exp2(kept[c] - highest)
         else:
             again_ptr = logits_ptr
             for _ in tl.range(C, loop_unroll_factor=4):
-                highest = tl.maximum(highest, tl.load(logits_ptr, mask=here, other=0.0).to(ACC) * LOG2E)
+                highest = tl.maximum(
+                    highest, tl.load(logits_ptr, mask=here, other=0.0).to(ACC) * LOG2E
+                )
                 logits_ptr += pixels
             for _ in tl.range(C, loop_unroll_factor=4):
                 total += tl.exp2(tl.load(again_ptr, mask=here, other=0.0).to(ACC) * LOG2E - highest)
@@ -117,8 +134,10 @@ def launch(
     """Run the kernel forward, or with `upstream` backward.
 
     Args:
-        logits, target, pixel_weight, class_weight, ignore_index: as in `cross_entropy`, with target (N,h,w).
-        denominator: (N,h,w), filled with the log-sum-exp; going backward, what the forward pass left there.
+        logits, target, pixel_weight, class_weight, ignore_index: as in `cross_entropy`, with target
+            (N,h,w).
+        denominator: (N,h,w), filled with the log-sum-exp; going backward, what the forward pass
+            left there.
         upstream: (), gradient of the loss.
         weight_sum: (), what the sum of weight · loss has been divided by, or None where it has not.
 
@@ -135,7 +154,8 @@ def launch(
     partial = logits.new_empty((n, grid[0], 2), dtype=torch.float64) if upstream is None else None
     gradient = None if upstream is None else torch.empty_like(logits)
     full_size_kernel[grid](
-        logits, target, pixel_weight, class_weight, partial, denominator, upstream, weight_sum, gradient,
+        logits, target, pixel_weight, class_weight, partial, denominator,
+        upstream, weight_sum, gradient,
         h * w, C=classes, IGNORE=ignore_index, KEEP=classes <= KEPT_CLASSES, ACC=tl_type(dtype),
         LANES=LANES, num_warps=LANES // 32,
     )  # fmt: skip
@@ -161,7 +181,9 @@ def cross_entropy_full_op(
 
 @cross_entropy_full_op.register_fake
 def _(logits, target, pixel_weight, class_weight, ignore_index, mean):
-    return tuple(logits.new_empty(shape, dtype=accumulator(logits.dtype)) for shape in ((), (), target.shape))
+    return tuple(
+        logits.new_empty(shape, dtype=accumulator(logits.dtype)) for shape in ((), (), target.shape)
+    )
 
 
 @torch.library.custom_op("semiseg::cross_entropy_full_backward", mutates_args=())

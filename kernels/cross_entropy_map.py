@@ -1,14 +1,19 @@
-"""The first half of `cross_entropy.py`: its reference in plain PyTorch, and the kernel for a loss without gradient.
+"""The cross-entropy of each pixel, or its sum, without gradient.
 
-The loss of a pixel is log sum_c exp z(c) - z(t), with z interpolated from the logits. The kernel passes over the classes twice,
-for the maximum and for the sum of exponentials, and then fetches the four corners of the label's class. One lane owns a cell
-(see `interpolation.py`); nothing is joined between lanes, which makes this the kernel to read first. It serves "none"
-(hard example mining) and losses that are only reported. sm_90, 129 -> 513: 64 registers, nothing spilled, 9.7 instructions a
-pixel and class, at least 15 µs for a batch of 8 on an H200; not yet run on one.
+The loss of a pixel is log sum_c exp z(c) - z(t), with z interpolated from the logits. The kernel
+passes over the classes twice, for the maximum and for the sum of exponentials, and then fetches
+the four corners of the label's class. One lane owns a cell (see `interpolation.py`); nothing is
+joined between lanes, so that this is the kernel to read before `cross_entropy.py`.
+
+It serves reduction="none" (hard example mining) and losses that are only reported.
+
+sm_90, 129 -> 513: 64 registers, nothing spilled, 9.7 instructions a pixel and class, at least 15
+µs for a batch of 8 on an H200. It has not run on a GPU yet.
 """
 
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.interpolation import (
@@ -36,63 +41,80 @@ from kernels.interpolation import (
 SUM_BLOCK = 4096  # partial sums that `sum_kernel` adds at a time
 
 
-@in_full_precision
-def cross_entropy_reference(
+class Pixels(NamedTuple):
+    """What both references of the cross-entropy make of some images, in the type to compute in.
+
+    Attributes:
+        label: (n,1,H,W) int64; 0 where a pixel is ignored.
+        weight: (n,H,W), pixel_weight · class_weight; 0 where a pixel is ignored.
+        loss: (n,H,W), weight · loss of each pixel.
+        exponentials: (n,C,H,W), exp(z - max_c z).
+        total: (n,1,H,W), their sum over the classes.
+    """
+
+    label: Tensor
+    weight: Tensor
+    loss: Tensor
+    exponentials: Tensor
+    total: Tensor
+
+
+def pixels_of(
     logits: Tensor,
     target: Tensor,
     pixel_weight: Tensor | None,
     class_weight: Tensor | None,
     ignore_index: int,
     align_corners: bool,
-    with_gradient: bool,
-    loss_map: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The operation in plain PyTorch, a few pictures at a time and in place: one full-resolution tensor at most.
+    some: slice,
+) -> Pixels:
+    """Losses and softmax of `some` images of the batch; one full-resolution tensor is alive.
 
-    Args:
-        logits, target, pixel_weight, class_weight, ignore_index, align_corners: as in `cross_entropy`.
-        with_gradient: whether to compute the gradient.
-        loss_map: (N,H,W), filled with the loss of each pixel, or None.
-
-    Returns:
-        Sum of weight · loss, sum of weight, gradient of the first with respect to the logits (N,C,h,w), or an empty tensor.
+    Arguments as in `cross_entropy`.
     """
-    dtype, device = accumulator(logits.dtype), logits.device
+    dtype, size = accumulator(logits.dtype), tuple(target.shape[1:])
+    label = target[some].long()
+    valid = label != ignore_index
+    label = label.where(valid, 0)[:, None]
+    weight = valid.to(dtype)
+    if pixel_weight is not None:
+        weight *= pixel_weight[some]
+    if class_weight is not None:
+        weight *= class_weight.to(dtype)[label[:, 0]]
+
+    z = upsample(logits[some], size, align_corners)
+    if logits.shape[2:] == size and logits.dtype == dtype:  # these are the logits themselves
+        z = z.clone()
+
+    # log sum_c exp z(c) - z(t), with the maximum taken out of the sum
+    of_label = z.gather(1, label)
+    highest = z.amax(1, keepdim=True)
+    exponentials = z.sub_(highest).exp_()
+    total = exponentials.sum(1, keepdim=True)
+    loss = weight[:, None] * (total.log() + highest - of_label)
+    loss = loss.where(valid[:, None], 0)[:, 0]
+    return Pixels(label, weight, loss, exponentials, total)
+
+
+@in_full_precision
+def cross_entropy_map_reference(
+    logits: Tensor,
+    target: Tensor,
+    pixel_weight: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    align_corners: bool,
+) -> Tensor:
+    """The operation in plain PyTorch, a few images at a time: weight · loss of each pixel, (N,H,W).
+
+    Arguments as in `cross_entropy`.
+    """
+    inputs = (logits, target, pixel_weight, class_weight, ignore_index, align_corners)
     size = tuple(target.shape[1:])
-    loss_sum, weight_sum = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
-    gradient = torch.empty(logits.shape if with_gradient else 0, dtype=dtype, device=device)
-    if with_gradient and logits.shape[2:] != size:
-        # The transposed interpolation as two matrix products: exact, deterministic, and at least as fast as torch's own.
-        from_rows, from_columns = (
-            F.interpolate(torch.eye(n, dtype=dtype, device=device)[None], size=m, mode="linear", align_corners=align_corners)[0]
-            for n, m in zip(logits.shape[2:], size, strict=True)
-        )  # (h,H), (w,W)
+    loss_map = logits.new_empty(target.shape, dtype=accumulator(logits.dtype))
     for some in chunks(logits, size):
-        label = target[some].long()
-        valid = label != ignore_index
-        label = label.where(valid, 0)[:, None]
-        weight = valid.to(dtype)
-        if pixel_weight is not None:
-            weight *= pixel_weight[some]
-        if class_weight is not None:
-            weight *= class_weight.to(dtype)[label[:, 0]]
-        z = upsample(logits[some], size, align_corners)
-        if logits.shape[2:] == size and logits.dtype == dtype:  # these are the logits themselves
-            z = z.clone()
-        of_label = z.gather(1, label)
-        highest = z.amax(1, keepdim=True)
-        total = z.sub_(highest).exp_().sum(1, keepdim=True)
-        loss = (weight[:, None] * (total.log() + highest - of_label)).where(valid[:, None], 0)[:, 0]
-        loss_sum += loss.sum(dtype=torch.float64)
-        weight_sum += weight.sum(dtype=torch.float64)
-        if loss_map is not None:
-            loss_map[some] = loss
-        if with_gradient:
-            of_label = z.gather(1, label) / total - 1
-            z *= weight[:, None] / total
-            z.scatter_(1, label, weight[:, None] * of_label)
-            gradient[some] = z if z.shape[2:] == logits.shape[2:] else from_rows @ (z @ from_columns.T)
-    return loss_sum.to(dtype), weight_sum.to(dtype), gradient
+        loss_map[some] = pixels_of(*inputs, some).loss
+    return loss_map
 
 
 @cell_jit
@@ -139,12 +161,16 @@ def forward_kernel(
     row_slot = part // COLUMN_PARTS * ROWS
     column_slot = part % COLUMN_PARTS * COLUMNS
     y, weight_y, exists_y = cell_axis(row, first_y_ptr, weight_y_ptr, row_slot, H, ROWS, RATIO, ACC)
-    x, weight_x, exists_x = cell_axis(column, first_x_ptr, weight_x_ptr, column_slot, W, COLUMNS, RATIO, ACC)
+    x, weight_x, exists_x = cell_axis(
+        column, first_x_ptr, weight_x_ptr, column_slot, W, COLUMNS, RATIO, ACC
+    )
     loss_sum = tl.zeros([LANES], ACC)
     weight_sum = tl.zeros([LANES], ACC)
     if tl.max((here & exists_y[0] & exists_x[0]).to(tl.int32), 0) > 0:
         corners = cell_corners(row, column, h, w)
-        log_sum = log_sum_exp(logits_ptr, corners, plane, weight_y, weight_x, C, ROWS, COLUMNS, ON_NODE, ACC)
+        log_sum = log_sum_exp(
+            logits_ptr, corners, plane, weight_y, weight_x, C, ROWS, COLUMNS, ON_NODE, ACC
+        )
         for r in tl.static_range(ROWS):
             for s in tl.static_range(COLUMNS):
                 pixel = y[r] * W + x[s]
@@ -164,10 +190,12 @@ def forward_kernel(
                     tl.store(loss_ptr + pixel, loss, mask=exists)
                 loss_sum += loss
                 weight_sum += weight
-            # Keeps the compiler from having the loads of all rows in flight, in more registers than there are.
+            # Keeps the compiler from having the loads of all rows in flight, in more registers than
+            # there are.
             tl.debug_barrier()
     if partial_ptr is not None:
-        program = (tl.program_id(1) * tl.num_programs(2) + part) * tl.num_programs(0) + tl.program_id(0)
+        program = tl.program_id(1) * tl.num_programs(2) + part
+        program = program * tl.num_programs(0) + tl.program_id(0)
         tl.store(partial_ptr + 2 * program, tl.sum(loss_sum, 0).to(tl.float64))
         tl.store(partial_ptr + 2 * program + 1, tl.sum(weight_sum, 0).to(tl.float64))
 
@@ -211,7 +239,11 @@ def launch_sum(partial: Tensor, mean: bool, dtype: torch.dtype) -> tuple[Tensor,
 
 
 def divide_by_weight(loss_sum: Tensor, weight_sum: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
-    """-> the loss, and the sum of weights, for the mean made large enough to divide by: 0 / 0 is 0."""
+    """Divide the loss for the mean.
+
+    Returns:
+        The loss, and the sum of weights, for the mean made large enough to divide by: 0 / 0 is 0.
+    """
     if not mean:
         return loss_sum, weight_sum
     weight_sum = weight_sum.clamp_min(torch.finfo(weight_sum.dtype).tiny)
@@ -228,13 +260,17 @@ def launch_forward(
     align_corners: bool,
     loss_map: Tensor | None = None,
 ) -> Tensor | None:
-    """Run the kernel. Arguments as in `cross_entropy_reference`.
+    """Run the kernel. Arguments as in `cross_entropy`; `loss_map` takes (N,H,W) losses.
 
     Returns:
         What `launch_sum` adds up: (N,parts,programs,2) float64. None where `loss_map` takes the
         losses instead.
     """
-    (n, classes, h, w), size, dtype = logits.shape, tuple(target.shape[1:]), accumulator(logits.dtype)
+    (n, classes, h, w), size, dtype = (
+        logits.shape,
+        tuple(target.shape[1:]),
+        accumulator(logits.dtype),
+    )
     logits, target, pixel_weight, class_weight = (
         x if x is None else x.contiguous() for x in (logits, target, pixel_weight, class_weight)
     )
@@ -263,12 +299,11 @@ def cross_entropy_map_op(
 ) -> Tensor:
     """-> weight · loss of each pixel, (N,H,W)."""
     check_labels(target, logits.shape[1], ignore_index)
-    loss_map = logits.new_empty(target.shape, dtype=accumulator(logits.dtype))
     inputs = (logits, target, pixel_weight, class_weight, ignore_index, align_corners)
-    if use_triton(impl, logits.device):
-        launch_forward(*inputs, loss_map)
-    else:
-        cross_entropy_reference(*inputs, False, loss_map)
+    if not use_triton(impl, logits.device):
+        return cross_entropy_map_reference(*inputs)
+    loss_map = logits.new_empty(target.shape, dtype=accumulator(logits.dtype))
+    launch_forward(*inputs, loss_map)
     return loss_map
 
 
@@ -278,10 +313,15 @@ def _(logits, target, pixel_weight, class_weight, ignore_index, align_corners, i
 
 
 def check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Raise ValueError if a label on a CPU is outside the classes; on a GPU that would cost a synchronisation."""
+    """Raise ValueError if a label on a CPU is outside the classes.
+
+    On a GPU the question would cost a synchronisation.
+    """
     if target.device.type != "cpu":
         return
     outside = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if outside.any():
         wrong = target[outside][0].item()
-        raise ValueError(f"label {wrong} in target, but there are {classes} classes (ignored: {ignore_index})")
+        raise ValueError(
+            f"label {wrong} in target, but there are {classes} classes (ignored: {ignore_index})"
+        )

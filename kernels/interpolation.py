@@ -1,17 +1,20 @@
-"""Bilinear interpolation inside a kernel, one lane a cell; and the choice between Triton and PyTorch.
+"""Bilinear interpolation inside a kernel; and the choice between Triton and PyTorch.
 
-Between two neighbouring rows and two neighbouring columns of the low-resolution logits lies a *cell*: all output pixels in it
-are interpolated from the same four *nodes*, its corners.
+Between two neighbouring rows and two neighbouring columns of the low-resolution logits lies a
+*cell*: all output pixels in it are interpolated from the same four *nodes*, its corners.
 
-        node (i-1,j-1) *---------------* node (i-1,j)         cell (i,j), i = 0..h, j = 0..w
-                       |  o   o   o   o |                     o: its output pixels, about (H/h) x (W/w) of them
+        node (i-1,j-1) *---------------* node (i-1,j)       cell (i,j), i = 0..h, j = 0..w
+                       |  o   o   o   o |                   o: its output pixels,
+                       |  o   o   o   o |                      about (H/h) x (W/w) of them
                        |  o   o   o   o |
-                       |  o   o   o   o |                     The outermost cells lie half outside: their missing corners
-                       |  o   o   o   o |                     are those of the border (nothing lies there with
-        node   (i,j-1) *---------------* node   (i,j)         align_corners, except on the last row and column).
+        node   (i,j-1) *---------------* node   (i,j)
 
-A lane loads the four corners of its cell once a class and makes the values of all its pixels in registers, one fused
-multiply-add each. A cell has a varying number of pixels where the ratio is not an integer; `Axis` tells which.
+The outermost cells lie half outside: their missing corners are those of the border. With
+align_corners nothing lies in them, except the last row and column of pixels.
+
+A lane owns a cell. It loads the four corners once a class and makes the values of all its pixels
+in registers, one fused multiply-add each. A cell has a varying number of pixels where the ratio
+is not an integer; `Axis` tells which.
 """
 
 import functools
@@ -28,7 +31,8 @@ try:
     import triton.language as tl
 
     jit = triton.jit
-    # Pictures come in many sizes: without this, each combination of sizes that 16 divides or not is compiled anew.
+    # Images come in many sizes: without this, each combination of sizes that 16 divides or not is
+    # compiled anew.
     cell_jit = triton.jit(do_not_specialize=["h", "w", "H", "W"])
 except ImportError:  # macOS and Windows have no Triton: the PyTorch references serve there
     triton = None
@@ -50,19 +54,46 @@ LN2 = tl.constexpr(0.6931471805599453)
 CELL_LANES = 32  # cells of a program: one warp, so that neighbours exchange values by shuffles
 
 
+BACKENDS = ("auto", "triton", "torch")
+_backend = "auto"
+
+
+def set_backend(name: str) -> None:
+    """Choose what every operation with impl="auto", its default, runs on from now on.
+
+    Args:
+        name: "triton", "torch" (the references), or "auto": Triton on CUDA, and anywhere with
+            TRITON_INTERPRET=1, else torch.
+
+    Raises:
+        ValueError: another name.
+    """
+    global _backend
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r}: auto, triton or torch")
+    _backend = name
+
+
 def use_triton(impl: str, device: torch.device) -> bool:
     """Whether `impl` means the Triton kernel for tensors on `device`.
+
+    "auto" is what `set_backend` chose.
 
     Raises:
         ValueError: an unknown name, or "triton" where no Triton kernel can run.
     """
-    if impl not in ("auto", "triton", "torch"):
+    if impl not in BACKENDS:
         raise ValueError(f"impl {impl!r}: auto, triton or torch")
-    possible = triton is not None and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+    if impl == "auto":
+        impl = _backend
+    possible = triton is not None and (
+        device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    )
     if impl == "triton" and not possible:
         why = "Triton is not installed" if triton is None else f"tensors are on {device.type}"
         raise ValueError(
-            f"impl='triton' needs a GPU, or TRITON_INTERPRET=1 to interpret the kernels slowly: {why}; use 'torch'"
+            f"impl='triton' needs a GPU, or TRITON_INTERPRET=1 to interpret the kernels slowly: "
+            f"{why}; use 'torch'"
         )
     return possible and impl != "torch"
 
@@ -78,7 +109,10 @@ def tl_type(dtype: torch.dtype):
 
 
 def in_full_precision(function: Callable) -> Callable:
-    """Run with autocast off on the first argument's device: the references compute in float32 whatever surrounds them."""
+    """Run with autocast off on the first argument's device.
+
+    The references compute in float32 whatever surrounds them.
+    """
 
     @functools.wraps(function)
     def run(first: Tensor, *args, **options):
@@ -89,7 +123,10 @@ def in_full_precision(function: Callable) -> Callable:
 
 
 def on_its_device(launch: Callable) -> Callable:
-    """Make the GPU of the first argument, a tensor, the current one while kernels are launched: Triton takes that."""
+    """Make the GPU of the first argument, a tensor, the current one while kernels are launched.
+
+    Triton takes that one.
+    """
 
     @functools.wraps(launch)
     def guarded(tensor: Tensor, *arguments, **options):
@@ -116,7 +153,8 @@ class Axis(NamedTuple):
         first: (nodes + 2,) int32; cell k holds the output positions first[k] to first[k+1] - 1.
         weight: (outputs,) weight of the cell's second node; the first one has the rest.
         slots: most positions of a cell.
-        ratio: positions of each cell where they are the multiples of 1/ratio (align_corners, integer ratio), else 0.
+        ratio: positions of each cell where they are the multiples of 1/ratio (align_corners,
+            integer ratio), else 0.
     """
 
     first: Tensor
@@ -126,8 +164,13 @@ class Axis(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def axis(nodes: int, outputs: int, align_corners: bool, dtype: torch.dtype, device: torch.device) -> Axis:
-    """The cells of one axis, by exact integer arithmetic; kept, so that a training run builds and uploads them once."""
+def axis(
+    nodes: int, outputs: int, align_corners: bool, dtype: torch.dtype, device: torch.device
+) -> Axis:
+    """The cells of one axis, by exact integer arithmetic.
+
+    They are kept, so that a training run builds and uploads them once.
+    """
     output = torch.arange(outputs)
     if align_corners:
         numerator, denominator = output * (nodes - 1), max(outputs - 1, 1)
@@ -135,7 +178,8 @@ def axis(nodes: int, outputs: int, align_corners: bool, dtype: torch.dtype, devi
         numerator, denominator = (2 * output + 1) * nodes - outputs, 2 * outputs
     cell = torch.div(numerator, denominator, rounding_mode="floor") + 1
     weight = (numerator - (cell - 1) * denominator).double() / denominator
-    weight[cell == 0] = 1.0  # the outermost cells have the same node on both sides: give it all to the one inside
+    # The outermost cells have the same node on both sides: give it all to the one inside.
+    weight[cell == 0] = 1.0
     weight[cell == nodes] = 0.0
     first = torch.searchsorted(cell, torch.arange(nodes + 2))
     integer = align_corners and nodes > 1 and (outputs - 1) % (nodes - 1) == 0
@@ -148,7 +192,7 @@ def axis(nodes: int, outputs: int, align_corners: bool, dtype: torch.dtype, devi
 
 
 class Plan(NamedTuple):
-    """How a kernel walks over the cells: `rows` x `columns` pixels of a cell at a time, in so many parts.
+    """How a kernel walks over the cells: `rows` x `columns` pixels of a cell at a time.
 
     Attributes:
         tables: first and weight of the axis y, then those of the axis x; see `Axis`.
@@ -164,7 +208,10 @@ class Plan(NamedTuple):
 
 
 def plan(logits: Tensor, size: tuple[int, int], align_corners: bool, max_pixels: int) -> Plan:
-    """The plan for logits (N,C,h,w) that are interpolated to `size` = (H,W), `max_pixels` a lane at a time."""
+    """The plan for logits (N,C,h,w) that are interpolated to `size` = (H,W).
+
+    A lane handles at most `max_pixels` at a time.
+    """
     nodes, dtype = tuple(logits.shape[2:]), accumulator(logits.dtype)
     return plan_of(nodes, tuple(size), align_corners, max_pixels, dtype, logits.device)
 
@@ -192,8 +239,20 @@ def plan_of(
 
 
 @jit
-def cell_axis(cell, first_ptr, weight_ptr, start, outputs, SLOTS: tl.constexpr, RATIO: tl.constexpr, ACC: tl.constexpr):
-    """For each of SLOTS positions of a cell from its position `start` on: where it is, its weight, whether it exists."""
+def cell_axis(
+    cell,
+    first_ptr,
+    weight_ptr,
+    start,
+    outputs,
+    SLOTS: tl.constexpr,
+    RATIO: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Where each of SLOTS positions of a cell is, its weight, and whether it exists.
+
+    The first of them is the cell's position `start`.
+    """
     where = ()
     weight = ()
     exists = ()
@@ -220,7 +279,10 @@ def cell_axis(cell, first_ptr, weight_ptr, start, outputs, SLOTS: tl.constexpr, 
 
 @jit
 def cell_corners(row, column, h, w):
-    """Offsets of a cell's four corners in a class plane of h x w nodes; corners outside are those of the border."""
+    """Offsets of a cell's four corners in a class plane of h x w nodes.
+
+    Corners outside are those of the border.
+    """
     top = tl.maximum(row - 1, 0) * w
     bottom = tl.minimum(row, h - 1) * w
     left = tl.maximum(column - 1, 0)
@@ -230,7 +292,10 @@ def cell_corners(row, column, h, w):
 
 @jit
 def load_corners(ptr, corners, ACC: tl.constexpr):
-    """The four corners' logits, times log2(e): all that follows uses powers of two, the GPU's own."""
+    """The four corners' logits, times log2(e).
+
+    All that follows uses powers of two, the GPU's own.
+    """
     a = tl.load(ptr + corners[0]).to(ACC) * LOG2E
     b = tl.load(ptr + corners[1]).to(ACC) * LOG2E
     c = tl.load(ptr + corners[2]).to(ACC) * LOG2E
@@ -239,8 +304,13 @@ def load_corners(ptr, corners, ACC: tl.constexpr):
 
 
 @jit
-def interpolate_row(corner, r: tl.constexpr, weight_y, weight_x, COLUMNS: tl.constexpr, ON_NODE: tl.constexpr):
-    """Values of the COLUMNS pixels in a cell's row r. ON_NODE: the first row and column have weight 0."""
+def interpolate_row(
+    corner, r: tl.constexpr, weight_y, weight_x, COLUMNS: tl.constexpr, ON_NODE: tl.constexpr
+):
+    """Values of the COLUMNS pixels in a cell's row r.
+
+    ON_NODE: the first row and column have weight 0.
+    """
     if ON_NODE and r == 0:
         left = corner[0]
         rise = corner[1] - corner[0]
@@ -259,12 +329,15 @@ def interpolate_row(corner, r: tl.constexpr, weight_y, weight_x, COLUMNS: tl.con
 @jit
 def log_sum_exp(
     logits_ptr, corners, plane, weight_y, weight_x,
-    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ON_NODE: tl.constexpr, ACC: tl.constexpr,
+    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ON_NODE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """log2 sum_c 2^z(c) of a cell's ROWS x COLUMNS pixels, in two passes over the classes: maximum, sum.
+    """log2 sum_c 2^z(c) of a cell's ROWS x COLUMNS pixels.
 
-    One pass with a running maximum of the corners is cheaper, but the sum underflows where neighbouring nodes are sure of
-    different classes.
+    There are two passes over the classes: one for the maximum, one for the sum.
+
+    One pass with a running maximum of the corners is cheaper, but the sum underflows where
+    neighbouring nodes are sure of different classes.
     """
     highest = ()
     for k in tl.static_range(ROWS * COLUMNS):
@@ -301,13 +374,19 @@ def log_sum_exp(
 
 
 def chunks(logits: Tensor, size: tuple[int, int]) -> list[slice]:
-    """Slices of the batch of about 32 MB of full-resolution float32 logits each, at least one picture."""
+    """Slices of the batch of about 32 MB of full-resolution float32 logits each.
+
+    A slice has at least one image.
+    """
     count = max(2**23 // (logits.shape[1] * size[0] * size[1]), 1)
     return [slice(start, start + count) for start in range(0, len(logits), count)]
 
 
 def upsample(logits: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
-    """Bilinear interpolation in plain PyTorch, in float32 (float64 stays), skipped where the size is right already."""
+    """Bilinear interpolation in plain PyTorch, in float32 (float64 stays).
+
+    It is skipped where the size is right already.
+    """
     logits = logits.to(accumulator(logits.dtype))
     if logits.shape[2:] == tuple(size):
         return logits

@@ -1,17 +1,24 @@
-"""Percentiles of the valid pixels of a map, exact and without leaving the device; and the mask that U2PL makes of one.
+"""Percentiles of the valid pixels of a map; and the mask that U2PL makes of one.
 
-The q-th percentile of n values lies at rank r = (n-1) · q/100 of the sorted values: with k = floor(r) and g = r - k,
+They are exact, and nothing leaves the device. The q-th percentile of n values lies at rank
+r = (n-1) · q/100 of the sorted values: with k = floor(r) and g = r - k,
 
-    percentile = v[k] + g · (v[k+1] - v[k])                       in float64, which is numpy's "linear" rule
+    percentile = v[k] + g · (v[k+1] - v[k])            in float64, which is numpy's "linear" rule
 
-The usual way copies the map to the host for `numpy.percentile`, or sorts it: n is two million for 8 x 513 x 513, and
-`torch.quantile` refuses 16 million. Only two of the values are wanted. The kernels find v[k] by radix selection: a float's
-bits, with the sign handled, are an unsigned key of the same order. Four passes each count one byte of the keys that share
-the bytes found so far, in 256 bins, and descend into the bin that holds rank k. v[k+1] is v[k] again if more values equal it,
-else the smallest value above, found in a fifth pass. Counts and minima are integers: the result is the same from run to run.
-sm_90: 47, 108 and 38 registers in the first, middle and last passes, nothing spilled; not yet run on
-a GPU.
-Several percentiles share the passes; in ascending order, those that agree in their first bytes also share the counting.
+The usual way copies the map to the host for `numpy.percentile`, or sorts it: n is two million for
+8 x 513 x 513, and `torch.quantile` refuses 16 million. Only two of the values are wanted.
+
+The kernels find v[k] by radix selection: a float's bits, with the sign handled, are an unsigned
+key of the same order. Four passes each count one byte of the keys that share the bytes found so
+far, in 256 bins, and descend into the bin that holds rank k. v[k+1] is v[k] again if more values
+equal it, else the smallest value above, found in a fifth pass. Counts and minima are integers:
+the result is the same from run to run.
+
+Several percentiles share the passes; in ascending order, those that agree in their first bytes also
+share the counting.
+
+sm_90: 47, 108 and 38 registers in the first, middle and last passes, nothing spilled. It has not
+run on a GPU yet.
 """
 
 from collections.abc import Sequence
@@ -27,7 +34,10 @@ FEW = tl.constexpr(64)  # values of a block that are counted one by one
 
 
 def masked_percentile_reference(values: Tensor, valid_mask: Tensor, q: Tensor) -> Tensor:
-    """The operation in NumPy on a CPU, where selection beats sorting, and by sorting elsewhere, without synchronisation."""
+    """The operation in NumPy on a CPU, where selection beats sorting, and by sorting elsewhere.
+
+    The latter does not synchronise.
+    """
     if values.device.type == "cpu":
         data = values.float()[valid_mask].numpy()
         if not len(data):
@@ -65,7 +75,8 @@ def ordered_key(value):
 @jit
 def wanted_rank(counts_ptr, q_ptr, i):
     """Number of values, rank k of the i-th percentile, and the part g beyond it."""
-    n = tl.sum(tl.load(counts_ptr + tl.arange(0, BINS)), 0)  # the first pass counts every valid value
+    # The first pass counts every valid value.
+    n = tl.sum(tl.load(counts_ptr + tl.arange(0, BINS)), 0)
     rank = tl.maximum((n - 1).to(tl.float64) * (tl.load(q_ptr + i) / 100.0), 0.0)
     k = rank.to(tl.int32)
     return n, k, rank - k.to(tl.float64)
@@ -82,7 +93,10 @@ def count_kernel(
     PASS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Count the PASS-th highest byte of the keys that agree in the bytes above; in the first pass once for all queries."""
+    """Count the PASS-th highest byte of the keys that agree in the bytes above.
+
+    The first pass counts once for all queries.
+    """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = tl.load(valid_ptr + at, mask=at < n, other=0) != 0
     key = ordered_key(tl.load(values_ptr + at, mask=at < n, other=0.0))
@@ -94,12 +108,14 @@ def count_kernel(
     else:
         before = tl.zeros([], tl.uint32)
         counts = tl.zeros([BINS], tl.int32)
-        # Unrolled: in a loop the compiler keeps what the histograms share, in 197 registers for 108.
+        # Unrolled: in a loop the compiler keeps what the histograms share, in 197 registers for
+        # 108.
         for i in tl.static_range(Q):
             found = tl.load(state_ptr + 4 * i).to(tl.uint32, bitcast=True)
             slot = counts_ptr + (PASS * Q + i) * BINS
             counted = valid & ((key >> (32 - 8 * PASS)) == found)
-            # A histogram takes some 80 instructions a value: worth it only for many, and once for queries that agree so far.
+            # A histogram takes some 80 instructions a value: worth it only for many, and once for
+            # queries that agree so far.
             if tl.sum(counted.to(tl.int32), 0) > FEW:
                 if (i == 0) | (found != before):
                     counts = tl.histogram(byte, BINS, mask=counted)
@@ -113,13 +129,14 @@ def count_kernel(
 def descend_kernel(
     q_ptr,  # (Q,) float64
     counts_ptr,  # (4,Q,BINS) int32
-    state_ptr,  # (Q,4) int32: bytes found so far; rank among the keys that share them; how many; see below
+    state_ptr,  # (Q,4) int32: bytes found so far; rank among the keys that share them; how many
     Q: tl.constexpr,
     PASS: tl.constexpr,
 ):
     """Find the byte of the bin that holds the wanted rank; one program a query.
 
-    The last column of the state is for `successor_kernel`: its minimum starts from the largest int32.
+    The last column of the state is for `successor_kernel`: its minimum starts from the largest
+    int32.
     """
     i = tl.program_id(0)
     state_ptr += 4 * i
@@ -143,12 +160,15 @@ def descend_kernel(
 def successor_kernel(
     values_ptr,  # (n,) float32
     valid_ptr,  # (n,) uint8
-    state_ptr,  # (Q,4) int32: the key of rank k; in the last column, to find: smallest key above, less 2^31
+    state_ptr,  # (Q,4) int32: the key of rank k; see below for the last column
     n,
     Q: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Find the smallest value above v[k]."""
+    """Find the smallest value above v[k].
+
+    The last column of the state holds its key, less 2^31.
+    """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = tl.load(valid_ptr + at, mask=at < n, other=0) != 0
     key = ordered_key(tl.load(values_ptr + at, mask=at < n, other=0.0))
@@ -189,7 +209,7 @@ def key_value(key):
 
 @on_its_device
 def launch_percentile(values: Tensor, valid_mask: Tensor, q: Tensor) -> Tensor:
-    """Run the kernels: four times count and descend, then the value above, then the interpolation."""
+    """Run the kernels: four times count and descend, then the value above, then interpolate."""
     values, valid = values.float().contiguous(), valid_mask.contiguous().view(torch.uint8)
     n, queries, passes, bins = values.numel(), len(q), 4, 256
     counts = torch.zeros((passes, queries, bins), dtype=torch.int32, device=values.device)
@@ -227,25 +247,33 @@ def on_device(numbers: list[float], device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def masked_percentile(values: Tensor, valid_mask: Tensor, q: float | Sequence[float] | Tensor, *, impl: str = "auto") -> Tensor:
-    """Percentiles of `values` where `valid_mask` is set, by numpy's linear rule; no host synchronisation on CUDA.
+def masked_percentile(
+    values: Tensor, valid_mask: Tensor, q: float | Sequence[float] | Tensor, *, impl: str = "auto"
+) -> Tensor:
+    """Percentiles of `values` where `valid_mask` is set, by numpy's linear rule.
+
+    On CUDA the host does not wait.
 
     Args:
         values: any shape, finite floats; taken in float32.
         valid_mask: bool, the same shape.
         q: percentiles in [0,100]: one, several, or a tensor (Q,) or ().
-        impl: "auto" = Triton on CUDA, or anywhere with TRITON_INTERPRET=1, else PyTorch; "triton"; or "torch".
+        impl: "auto", what `set_backend` chose; "triton"; or "torch".
 
     Returns:
         (Q,) float32, without gradient; NaN if no value is valid.
 
     Raises:
-        ValueError: shapes that differ, a mask that is not bool, numbers outside [0,100], an unknown impl, or "triton" without a
-            GPU. The numbers of a tensor on a GPU are not looked at; one on the host is copied, which waits for the GPU.
+        ValueError: shapes that differ, a mask that is not bool, numbers outside [0,100], an unknown
+            impl, or "triton" without a GPU. The numbers of a tensor on a GPU are not looked at; one
+            on the host is copied, which waits for the GPU.
+            GPU. The numbers of a tensor on a GPU are not looked at; one on the host is copied,
+            which waits for the GPU.
     """
     if values.shape != valid_mask.shape or valid_mask.dtype != torch.bool:
         raise ValueError(
-            f"values {tuple(values.shape)} need a bool mask of their shape, not {tuple(valid_mask.shape)} {valid_mask.dtype}"
+            f"values {tuple(values.shape)} need a bool mask of their shape, "
+            f"not {tuple(valid_mask.shape)} {valid_mask.dtype}"
         )
     if isinstance(q, Tensor):
         numbers = q.reshape(-1).tolist() if q.device.type == "cpu" else []
@@ -258,7 +286,9 @@ def masked_percentile(values: Tensor, valid_mask: Tensor, q: float | Sequence[fl
     return masked_percentile_op(values, valid_mask, q, impl)
 
 
-def drop_unreliable_reference(label: Tensor, entropy: Tensor, threshold: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def drop_unreliable_reference(
+    label: Tensor, entropy: Tensor, threshold: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor]:
     """The operation in plain PyTorch."""
     label = label.contiguous().masked_fill(entropy >= threshold, ignore_index)
     return label, torch.count_nonzero(label != ignore_index)
@@ -286,14 +316,19 @@ def drop_unreliable_kernel(
 
 
 @on_its_device
-def launch_drop(label: Tensor, entropy: Tensor, threshold: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def launch_drop(
+    label: Tensor, entropy: Tensor, threshold: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor]:
     """Run the kernel."""
     label, entropy = label.contiguous(), entropy.contiguous()
     n = label.numel()
     grid = (ceil_div(n, BLOCK),)
     result = torch.empty_like(label)
-    kept = torch.empty(grid, dtype=torch.int64, device=label.device)  # as the sum: nothing to convert
-    drop_unreliable_kernel[grid](label, entropy, threshold, result, kept, n, IGNORE=ignore_index, BLOCK=BLOCK)
+    # Of the sum's type: nothing to convert.
+    kept = torch.empty(grid, dtype=torch.int64, device=label.device)
+    drop_unreliable_kernel[grid](
+        label, entropy, threshold, result, kept, n, IGNORE=ignore_index, BLOCK=BLOCK
+    )
     return result, kept.sum()
 
 
@@ -313,7 +348,12 @@ def _(label, entropy, threshold, ignore_index, impl):
 
 @torch.no_grad()
 def drop_unreliable(
-    label: Tensor, entropy: Tensor, threshold: Tensor | float, *, ignore_index: int = 255, impl: str = "auto"
+    label: Tensor,
+    entropy: Tensor,
+    threshold: Tensor | float,
+    *,
+    ignore_index: int = 255,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Ignore the pixels whose entropy is at or above a threshold.
 
@@ -322,7 +362,7 @@ def drop_unreliable(
         entropy: (N,H,W), same unit as the threshold.
         threshold: a number, or a tensor with one number on the same device; NaN keeps all.
         ignore_index: what the unreliable pixels become.
-        impl: "auto" = Triton on CUDA, or anywhere with TRITON_INTERPRET=1, else PyTorch; "triton"; or "torch".
+        impl: "auto", what `set_backend` chose; "triton"; or "torch".
 
     Returns:
         The new labels, and the number of pixels that are not ignored, int64 () on the device.
@@ -333,7 +373,9 @@ def drop_unreliable(
     Source: the reliable pixels of Sec. 3.2 in Wang et al., arXiv:2203.03884.
     """
     if label.shape != entropy.shape:
-        raise ValueError(f"label {tuple(label.shape)} and entropy {tuple(entropy.shape)} must have one shape")
+        raise ValueError(
+            f"label {tuple(label.shape)} and entropy {tuple(entropy.shape)} must have one shape"
+        )
     if not isinstance(threshold, Tensor):
         threshold = torch.full((), threshold, dtype=torch.float32, device=label.device)
     if threshold.numel() != 1:

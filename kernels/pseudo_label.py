@@ -1,14 +1,25 @@
 """Hard labels of interpolated logits, with their confidence and entropy.
 
-    z = bilinear(logits);  p = softmax_c(z);  label = argmax_c z;  confidence = max_c p;  entropy = -sum_c p log p  (nats)
+    z = bilinear(logits)
+    p = softmax_c(z)
+    label = argmax_c z
+    confidence = max_c p
+    entropy = -sum_c p log p                                       (nats)
 
-With d = z - max_c z, Z = sum_c exp d and T = sum_c d exp d: confidence = 1 / Z, entropy = log Z - T / Z. So two passes over the
-classes suffice, one for the maximum and one for both sums, at one exponential a pixel and class.
+With d = z - max_c z, Z = sum_c exp d and T = sum_c d exp d:
 
-PyTorch interpolates to an N x C x H x W tensor and reads or writes it two times for the label alone, about eight times for all
-three. The kernel reads the logits twice and writes the maps: 9 bytes a pixel. One lane owns a cell (see `interpolation.py`).
-sm_90, 129 -> 513: 96 registers, nothing spilled, 13 instructions a pixel and class (label alone: 64 and 6), at least 20 µs for
-a batch of 8 on an H200; not yet run on one.
+    confidence = 1 / Z
+    entropy = log Z - T / Z
+
+So two passes over the classes suffice, one for the maximum and one for both sums, at one
+exponential a pixel and class.
+
+PyTorch interpolates to an N x C x H x W tensor and reads or writes it two times for the label
+alone, about eight times for all three. The kernel reads the logits twice and writes the maps: 9
+bytes a pixel. One lane owns a cell (see `interpolation.py`).
+
+sm_90, 129 -> 513: 96 registers, nothing spilled, 13 instructions a pixel and class (label alone:
+64 and 6), at least 20 µs for a batch of 8 on an H200. It has not run on a GPU yet.
 """
 
 from typing import NamedTuple
@@ -37,7 +48,13 @@ from kernels.interpolation import (
 
 
 class PseudoLabel(NamedTuple):
-    """Maps of (N,H,W): label uint8; confidence in (0,1] and entropy in nats, float32, None unless asked for."""
+    """Maps of (N,H,W): the labels, and None for each of the others that was not asked for.
+
+    Attributes:
+        label: uint8.
+        confidence: float32, in (0,1].
+        entropy: float32, nats.
+    """
 
     label: Tensor
     confidence: Tensor | None
@@ -45,9 +62,13 @@ class PseudoLabel(NamedTuple):
 
 
 def pseudo_label_reference(
-    logits: Tensor, size: tuple[int, int], align_corners: bool, with_confidence: bool, with_entropy: bool
+    logits: Tensor,
+    size: tuple[int, int],
+    align_corners: bool,
+    with_confidence: bool,
+    with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operation in plain PyTorch, a few pictures at a time and in place; results as `launch`."""
+    """The operation in plain PyTorch, a few images at a time and in place; results as `launch`."""
     label, confidence, entropy = empty_maps(logits, size, with_confidence, with_entropy)
     for some in chunks(logits, size):
         z = upsample(logits[some], size, align_corners)
@@ -55,16 +76,18 @@ def pseudo_label_reference(
         highest, best = z.max(1, keepdim=True)
         label[some] = best[:, 0]
         if with_confidence or with_entropy:
-            total, mean = torch.zeros_like(highest[:, 0]), torch.zeros_like(highest[:, 0])  # Z and T
-            for plane in z.unbind(1):  # class by class, so that no second full-resolution tensor is needed
+            total = torch.zeros_like(highest[:, 0])  # Z
+            weighted_sum = torch.zeros_like(total)  # T
+            # Class by class, so that no second full-resolution tensor is needed.
+            for plane in z.unbind(1):
                 d = plane - highest[:, 0]
                 e = d.exp()
                 total += e
-                mean.addcmul_(e, d)
+                weighted_sum.addcmul_(e, d)
             if with_confidence:
                 confidence[some] = 1 / total
             if with_entropy:
-                entropy[some] = (total.log() - mean / total).clamp_min(0)
+                entropy[some] = (total.log() - weighted_sum / total).clamp_min(0)
     return label, confidence, entropy
 
 
@@ -114,7 +137,9 @@ def pseudo_label_kernel(
     row_slot = part // COLUMN_PARTS * ROWS
     column_slot = part % COLUMN_PARTS * COLUMNS
     y, weight_y, exists_y = cell_axis(row, first_y_ptr, weight_y_ptr, row_slot, H, ROWS, RATIO, ACC)
-    x, weight_x, exists_x = cell_axis(column, first_x_ptr, weight_x_ptr, column_slot, W, COLUMNS, RATIO, ACC)
+    x, weight_x, exists_x = cell_axis(
+        column, first_x_ptr, weight_x_ptr, column_slot, W, COLUMNS, RATIO, ACC
+    )
     if tl.max((here & exists_y[0] & exists_x[0]).to(tl.int32), 0) > 0:
         corners = cell_corners(row, column, h, w)
         plane = h * w
@@ -138,32 +163,34 @@ def pseudo_label_kernel(
             for r in tl.static_range(ROWS):
                 z = interpolate_row(corner, r, weight_y, weight_x, COLUMNS, ON_NODE)
                 for s in tl.static_range(COLUMNS):
-                    better = better + (tl.where(z[s] > highest[r * COLUMNS + s], c, best[r * COLUMNS + s]),)
+                    better = better + (
+                        tl.where(z[s] > highest[r * COLUMNS + s], c, best[r * COLUMNS + s]),
+                    )
                     higher = higher + (tl.maximum(highest[r * COLUMNS + s], z[s]),)
             highest = higher
             best = better
 
         total = ()  # Z
-        mean = ()  # T, in base 2
+        weighted_sum = ()  # T, in base 2
         if confidence_ptr is not None or entropy_ptr is not None:
             for k in tl.static_range(ROWS * COLUMNS):
                 total = total + (tl.zeros([LANES], ACC),)
-                mean = mean + (tl.zeros([LANES], ACC),)
+                weighted_sum = weighted_sum + (tl.zeros([LANES], ACC),)
             class_ptr = logits_ptr
             for _ in range(C):
                 corner = load_corners(class_ptr, corners, ACC)
                 class_ptr += plane
                 more = ()
-                more_mean = ()
+                more_weighted = ()
                 for r in tl.static_range(ROWS):
                     z = interpolate_row(corner, r, weight_y, weight_x, COLUMNS, ON_NODE)
                     for s in tl.static_range(COLUMNS):
                         d = z[s] - highest[r * COLUMNS + s]
                         e = tl.exp2(d)
                         more = more + (total[r * COLUMNS + s] + e,)
-                        more_mean = more_mean + (mean[r * COLUMNS + s] + e * d,)
+                        more_weighted = more_weighted + (weighted_sum[r * COLUMNS + s] + e * d,)
                 total = more
-                mean = more_mean
+                weighted_sum = more_weighted
 
         for r in tl.static_range(ROWS):
             for s in tl.static_range(COLUMNS):
@@ -173,15 +200,25 @@ def pseudo_label_kernel(
                 if confidence_ptr is not None:
                     tl.store(confidence_ptr + pixel, 1.0 / total[r * COLUMNS + s], mask=exists)
                 if entropy_ptr is not None:
-                    bits = tl.log2(total[r * COLUMNS + s]) - mean[r * COLUMNS + s] / total[r * COLUMNS + s]
+                    bits = (
+                        tl.log2(total[r * COLUMNS + s])
+                        - weighted_sum[r * COLUMNS + s] / total[r * COLUMNS + s]
+                    )
                     tl.store(entropy_ptr + pixel, tl.maximum(bits * LN2, 0.0), mask=exists)
 
 
 @on_its_device
 def launch(
-    logits: Tensor, size: tuple[int, int], align_corners: bool, with_confidence: bool, with_entropy: bool
+    logits: Tensor,
+    size: tuple[int, int],
+    align_corners: bool,
+    with_confidence: bool,
+    with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the kernel: label, confidence, entropy; an empty tensor for each that was not asked for."""
+    """Run the kernel: label, confidence, entropy.
+
+    A map that was not asked for is an empty tensor.
+    """
     n, classes, h, w = logits.shape
     logits = logits.contiguous()
     label, confidence, entropy = empty_maps(logits, size, with_confidence, with_entropy)
@@ -189,7 +226,8 @@ def launch(
     grid = (ceil_div((h + 1) * (w + 1), CELL_LANES), n, walk.row_parts * walk.column_parts)
     pseudo_label_kernel[grid](
         logits, label, confidence if with_confidence else None, entropy if with_entropy else None,
-        *walk.tables, h, w, *size, C=classes, RATIO=walk.ratio, ROWS=walk.rows, COLUMNS=walk.columns,
+        *walk.tables, h, w, *size,
+        C=classes, RATIO=walk.ratio, ROWS=walk.rows, COLUMNS=walk.columns,
         COLUMN_PARTS=walk.column_parts, ACC=tl_type(accumulator(logits.dtype)), LANES=CELL_LANES,
         num_warps=1,
     )  # fmt: skip
@@ -198,7 +236,13 @@ def launch(
 
 @torch.library.custom_op("semiseg::pseudo_label", mutates_args=())
 def pseudo_label_op(
-    logits: Tensor, height: int, width: int, align_corners: bool, with_confidence: bool, with_entropy: bool, impl: str
+    logits: Tensor,
+    height: int,
+    width: int,
+    align_corners: bool,
+    with_confidence: bool,
+    with_entropy: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> label, confidence, entropy; an empty tensor for each that was not asked for."""
     compute = launch if use_triton(impl, logits.device) else pseudo_label_reference
@@ -228,18 +272,23 @@ def pseudo_label(
         align_corners: how the bilinear interpolation places its corners.
         with_confidence: also return the largest probability.
         with_entropy: also return the entropy.
-        impl: "auto" = Triton on CUDA, or anywhere with TRITON_INTERPRET=1, else PyTorch; "triton"; or "torch".
+        impl: "auto", what `set_backend` chose; "triton"; or "torch".
 
     Returns:
         `PseudoLabel`, without gradient. Of equal logits the lowest class wins.
 
     Raises:
-        ValueError: logits of another rank, more than 254 classes, an empty size, an unknown impl, or "triton" without a GPU.
+        ValueError: logits of another rank, more than 254 classes, an empty size, an unknown impl,
+            or "triton" without a GPU.
     """
     if logits.ndim != 4 or logits.shape[1] > 254:
         raise ValueError(f"logits (N,C,h,w) with C <= 254 are needed, not {tuple(logits.shape)}")
     height, width = size or logits.shape[2:]
     if height < 1 or width < 1:
         raise ValueError(f"size {(height, width)}: at least 1 x 1")
-    label, confidence, entropy = pseudo_label_op(logits, height, width, align_corners, with_confidence, with_entropy, impl)
-    return PseudoLabel(label, confidence if with_confidence else None, entropy if with_entropy else None)
+    label, confidence, entropy = pseudo_label_op(
+        logits, height, width, align_corners, with_confidence, with_entropy, impl
+    )
+    return PseudoLabel(
+        label, confidence if with_confidence else None, entropy if with_entropy else None
+    )

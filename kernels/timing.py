@@ -23,9 +23,17 @@ def gpu_machine() -> Machine:
     """Measure a copy, and ask nvidia-smi for clock and driver."""
     import triton
 
-    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader,nounits"]
+    query = [
+        "nvidia-smi",
+        "--query-gpu=driver_version,clocks.max.sm",
+        "--format=csv,noheader,nounits",
+    ]
     try:
-        driver, clock = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(", ")
+        driver, clock = (
+            subprocess.run(query, capture_output=True, text=True, check=True)
+            .stdout.splitlines()[0]
+            .split(", ")
+        )
         clock = float(clock)
     except (OSError, ValueError, subprocess.CalledProcessError):
         driver, clock = "unknown", float("nan")
@@ -50,22 +58,28 @@ class Timing(NamedTuple):
 def time_gpu(function: Callable, capture: bool, milliseconds: int = 100) -> Timing:
     """By Triton's own benchmark, which clears the L2 cache between calls, for about `milliseconds`.
 
-    With `capture` also as a CUDA graph, which does not clear it. Only what can be captured may ask for that: a failed capture
-    leaves the random generator unusable.
+    With `capture` also as a CUDA graph, which does not clear it. Only what can be captured may
+    ask for that: a failed capture leaves the random generator unusable.
     """
     import triton
 
     peak = peak_gpu(function)
-    median, low, high = (ms / 1e3 for ms in triton.testing.do_bench(function, rep=milliseconds, quantiles=[0.5, 0.2, 0.8]))
-    graph = triton.testing.do_bench_cudagraph(function, return_mode="median") / 1e3 if capture else None
+    median, low, high = (
+        ms / 1e3
+        for ms in triton.testing.do_bench(function, rep=milliseconds, quantiles=[0.5, 0.2, 0.8])
+    )
+    graph = (
+        triton.testing.do_bench_cudagraph(function, return_mode="median") / 1e3 if capture else None
+    )
     return Timing(median, low, high, graph, peak)
 
 
 def peak_gpu(function: Callable) -> int:
     """Bytes on the GPU that a call has allocated at its peak, beyond what was there before.
 
-    A call to warm up comes first. It may leave garbage behind, a graph of autograd for instance, that
-    waits to be collected. Freed during the second call, it would hide as many bytes of that one's.
+    A call to warm up comes first. It may leave garbage behind, a graph of autograd for instance,
+    that waits to be collected. Freed during the second call, it would hide as many bytes of that
+    one's.
     """
     function()
     torch.cuda.synchronize()
@@ -90,8 +104,15 @@ def time_cpu(function: Callable, repeats: int = 9) -> Timing:
 
 
 def peak_cpu(call: Callable) -> int:
-    """Bytes of PyTorch's memory on the host that a call has allocated at its peak, beyond what was there before."""
-    options = {"activities": [torch.profiler.ProfilerActivity.CPU], "profile_memory": True, "acc_events": True}
+    """Bytes of PyTorch's memory on the host that a call has allocated at its peak.
+
+    What was there before does not count.
+    """
+    options = {
+        "activities": [torch.profiler.ProfilerActivity.CPU],
+        "profile_memory": True,
+        "acc_events": True,
+    }
     with torch.profiler.profile(**options) as profile:
         call()
     live = most = 0

@@ -1,4 +1,7 @@
-"""The operations the usual way, at full resolution in PyTorch and NumPy: what `benchmark.py` compares with."""
+"""The operations the usual way, at full resolution in PyTorch and NumPy.
+
+This is what the kernels are compared with: their arguments are those of the public functions.
+"""
 
 import numpy as np
 import torch
@@ -9,9 +12,12 @@ from kernels import PseudoLabel
 
 
 def usual_cross_entropy(
-    logits: Tensor, target: Tensor, *, ignore_index: int = 255, reduction: str = "mean", impl: str = ""
+    logits: Tensor, target: Tensor, *, ignore_index: int = 255, reduction: str = "mean"
 ) -> Tensor:
-    """Interpolate to full resolution, unless there already, then torch's cross-entropy, which wants int64 labels."""
+    """Interpolate to full resolution, unless there already, then call torch's cross-entropy.
+
+    That wants int64 labels.
+    """
     full = logits.float()
     if logits.shape[2:] != target.shape[1:]:
         full = F.interpolate(full, target.shape[1:], mode="bilinear", align_corners=True)
@@ -19,7 +25,11 @@ def usual_cross_entropy(
 
 
 def usual_pseudo_label(
-    logits: Tensor, size: tuple[int, int], *, with_confidence: bool = False, with_entropy: bool = False, impl: str = ""
+    logits: Tensor,
+    size: tuple[int, int],
+    *,
+    with_confidence: bool = False,
+    with_entropy: bool = False,
 ) -> PseudoLabel:
     """Interpolate to full resolution, then softmax, max and entropy."""
     full = F.interpolate(logits.detach().float(), size, mode="bilinear", align_corners=True)
@@ -39,22 +49,26 @@ def usual_contrast(
     classes: Tensor,
     *,
     temperature: float = 0.5,
-    impl: str = "",
 ) -> Tensor:
     """Gather the negatives, then torch's cosine similarity and cross-entropy."""
     negatives = bank[classes[:, None, None], indices].float()  # (K,A,M,D)
-    candidates = torch.cat([positives[:, None, None].expand(-1, anchors.shape[1], 1, -1), negatives], 2)
+    candidates = torch.cat(
+        [positives[:, None, None].expand(-1, anchors.shape[1], 1, -1), negatives], 2
+    )
     similarity = F.cosine_similarity(anchors.float()[:, :, None], candidates, dim=3) / temperature
     target = torch.zeros(anchors.shape[:2], dtype=torch.long, device=anchors.device)
     return F.cross_entropy(similarity.transpose(1, 2), target, reduction="none")
 
 
 def usual_percentile(values: Tensor, valid_mask: Tensor, q: list[float]) -> Tensor:
-    """To the host and numpy, as the released code of U2PL does."""
-    return torch.from_numpy(np.percentile(values[valid_mask].cpu().numpy(), q)).float().to(values.device)
+    """Copy the values to the host for numpy, as the released code of U2PL does."""
+    found = np.percentile(values[valid_mask].cpu().numpy(), q)
+    return torch.from_numpy(found).float().to(values.device)
 
 
-def usual_drop(label: Tensor, entropy: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """Mask and count."""
-    label = label.masked_fill(entropy >= threshold, 255)
-    return label, (label != 255).sum()
+def usual_drop(
+    label: Tensor, entropy: Tensor, threshold: Tensor, *, ignore_index: int = 255
+) -> tuple[Tensor, Tensor]:
+    """Mask the unreliable pixels and count the others."""
+    label = label.masked_fill(entropy >= threshold, ignore_index)
+    return label, (label != ignore_index).sum()
