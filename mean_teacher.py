@@ -5,6 +5,15 @@ BMVC 2020, arXiv:1906.01916. The teacher is the exponential moving average of th
 never trained; the student learns to predict what the teacher predicts from another view of the
 same image.
 
+    Mean Teacher   x --+-- + η  --> student f  --> p  --+
+                       |               ^ gradient       +--> mean (p - p')² --> L_u
+                       +-- + η' --> teacher f' --> p' --+
+                                       ^ average of the student's weights
+
+    CutMix-Seg     u0, u1 --+--> mixed by m --> x_m --> student f --------> p ----+
+                            |                                                     +--> L_u
+                            +--> teacher f' --> p'(u0), p'(u1) --> mixed --> p'_m +
+
 1. Take labelled images x_l and unlabelled ones x_u; with CutMix two independent unlabelled batches
    u0, u1.
 2. Supervise the student (Mean Teacher: on x_l + η; cityscapes: on the hard pixels, OHEM):
@@ -57,48 +66,101 @@ Differences from the papers and the released code:
 
 import argparse
 import copy
-from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
-from common import checkpoint, cli, runtime
-from common.augment import colour_jitter, normalise
+from common import cli, runtime
+from common.augment import normalise
 from common.cutmix import half_area_masks, mix
-from common.data import load_data, train_loader
-from common.datasets import DataSource, Item
-from common.deeplabv3plus import DeepLabV3Plus, full_softmax, parameter_groups
-from common.evaluate import Scores, validate
+from common.datasets import Item
+from common.deeplabv3plus import DeepLabV3Plus, full_softmax
+from common.distributed import add_up, global_mean
+from common.evaluate import Scores, evaluate
 from common.losses import labelled_loss
-from common.report import Report
-from common.runtime import Runtime
+from common.run import Run, sgd
 
-# The schedules are those of cps.py, whose authors compare with Mean Teacher; sources there. unsup_weight: w of Mean Teacher
-# (100 is theirs) and of CutMix-Seg (1 is French et al.'s). shapes, trained from scratch: chosen on seeds 100 and 101, see the
-# README.
-# fmt: off
-PRESETS = {
-    "shapes": {"max_iters": 1400, "lr": 0.1, "weight_decay": 1e-4, "crop_size": 64,
-               "unsup_weight": {"noise": 10.0, "cutmix": 5.0}},
-    "camvid": {"epochs": 300, "lr": 0.01, "weight_decay": 4e-4, "crop_size": 320},
-    "voc": {"epochs": {"1/16": 32, "1/8": 34, "1/4": 40, "1/2": 60}, "max_iters": 39_000,  # max_iters: every other split
-            "lr": 0.0025, "weight_decay": 4e-4, "crop_size": 512},
-    "cityscapes": {"epochs": {"1/16": 128, "1/8": 137, "1/4": 160, "1/2": 240}, "max_iters": 44_500,
-                   "lr": 0.0025, "weight_decay": 8e-4, "crop_size": 800, "ohem": (0.7, 50_000)},
-    "folder": {"epochs": 60, "lr": 0.0025, "weight_decay": 4e-4, "crop_size": 512},
-}
-# fmt: on
-EVERYWHERE = {
+# All settings of a data set; a flag of the same name, where there is one, replaces it. The
+# schedules are those of cps.py: on voc, its authors released Mean Teacher with the same
+# (exp.voc/voc8.res50v3+.MeanTeacher), on cityscapes CPS alone. Those of the other data sets are
+# our own choice.
+SHAPES = {  # a small network, trained from scratch on a CPU
+    "backbone": "tiny",
+    "weights": "none",
+    "output_stride": 8,
+    "max_iters": 1400,
     "batch_size": 8,
-    "head_lr_mult": 1.0,
-    "decay_norm": False,
+    "crop_size": 64,
     "scale": "0.5,0.75,1,1.5,1.75,2",
+    "lr": 0.1,
+    "head_lr_mult": 1.0,
+    "weight_decay": 1e-4,
+    "decay_norm": False,
+    "ohem": None,
+    # w: chosen on seeds 100 and 101, see common/results/README.md.
+    "unsup_weight": {"noise": 10.0, "cutmix": 5.0},
+    "eval_window": 0,  # whole images
+    "eval_iters": 200,
+}
+CAMVID = {
+    "backbone": "resnet50",
+    "weights": "imagenet",
+    "output_stride": 16,
+    "epochs": 300,
+    "batch_size": 8,
+    "crop_size": 320,
+    "scale": "0.5,0.75,1,1.5,1.75,2",
+    "lr": 0.01,
+    "head_lr_mult": 1.0,
+    "weight_decay": 4e-4,
+    "decay_norm": False,
     "ohem": None,
     "unsup_weight": {"noise": 100.0, "cutmix": 1.0},
-}  # fmt: skip
-PRESETS = {name: {**EVERYWHERE, **preset} for name, preset in PRESETS.items()}
-MEASURES, EVALUATIONS = ("loss_sup", "loss_unsup", "confident"), ("student_miou", "pseudo_accuracy")
+    "eval_window": 0,
+    "eval_interval": 10,
+}
+VOC = {
+    "backbone": "resnet50",
+    "weights": "imagenet",
+    "output_stride": 16,
+    # Passes over the unlabelled images: about 39 000 iterations on each split.
+    "epochs": {"1/16": 32, "1/8": 34, "1/4": 40, "1/2": 60},
+    "max_iters": 39_000,  # of every other split
+    "batch_size": 8,
+    "crop_size": 512,
+    "scale": "0.5,0.75,1,1.5,1.75,2",
+    # Released: 0.0025 times 4 processes with decay 1e-4, and a gradient that is a quarter of the
+    # average's.
+    "lr": 0.0025,
+    "head_lr_mult": 1.0,
+    "weight_decay": 4e-4,
+    "decay_norm": False,  # BatchNorm and biases do not decay
+    "ohem": None,
+    "unsup_weight": {"noise": 100.0, "cutmix": 1.0},  # of CPS's authors; of French et al.
+    "eval_window": 0,  # our choice
+    "eval_interval": 1,  # our choice
+}
+CITYSCAPES = VOC | {
+    # About 44 500 iterations on each split.
+    "epochs": {"1/16": 128, "1/8": 137, "1/4": 160, "1/2": 240},
+    "max_iters": 44_500,
+    "crop_size": 800,
+    # Released: 0.02 on 8 processes with decay 1e-4, and a gradient that is an eighth of the
+    # average's, so the same rate as on voc.
+    "weight_decay": 8e-4,
+    "ohem": (0.7, 50_000),  # probability, pixels an image: our choice, as in CPS
+    "eval_window": "crop",  # windows of the crop's size
+    "eval_interval": 8,  # our choice
+}
+FOLDER = VOC | {"epochs": 60, "max_iters": None}  # whatever the split
+PRESETS = {
+    "shapes": SHAPES,
+    "camvid": CAMVID,
+    "voc": VOC,
+    "cityscapes": CITYSCAPES,
+    "folder": FOLDER,
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -112,206 +174,229 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="W",
         help="w of the consistency loss (default: 100, shapes 10; with CutMix 1, shapes 5)",
     )
-    group.add_argument("--ema-decay", type=float, default=0.99, metavar="α", help="after its warm-up (default: 0.99)")
     group.add_argument(
-        "--noise-std", type=float, default=0.1, metavar="σ", help="of η, in normalised units; not with --cutmix (default: 0.1)"
+        "--ema-decay",
+        type=float,
+        default=0.99,
+        metavar="α",
+        help="after its warm-up (default: 0.99)",
+    )
+    group.add_argument(
+        "--noise-std",
+        type=float,
+        default=0.1,
+        metavar="σ",
+        help="of η, in normalised units; not with --cutmix (default: 0.1)",
     )
     group.add_argument(
         "--conf-thresh",
         type=float,
         default=0.97,
         metavar="P",
-        help="teacher's probability from which a pixel is confident; with --cutmix their share scales the loss (default: 0.97)",
+        help="teacher's probability from which a pixel is confident; with --cutmix their share "
+        "scales the loss (default: 0.97)",
     )
     group.add_argument(
-        "--colour-jitter", "--color-jitter", action="store_true", help="with --cutmix: jitter what the student sees"
+        "--colour-jitter",
+        "--color-jitter",
+        action="store_true",
+        help="with --cutmix: jitter what the student sees",
     )
     given, _ = parser.parse_known_args(argv)
     args = cli.finish(parser, PRESETS, "mean_teacher" + ("-cutmix" if given.cutmix else ""), argv)
     if isinstance(args.unsup_weight, dict):
         args.unsup_weight = args.unsup_weight["cutmix" if args.cutmix else "noise"]
-    if not (0 <= args.ema_decay < 1 and 0 <= args.noise_std and 0 <= args.conf_thresh <= 1 and 0 <= args.unsup_weight):
-        parser.error("--ema-decay lies in [0,1), --conf-thresh in [0,1]; --noise-std and --unsup-weight are not negative")
+    if not (0 <= args.ema_decay < 1 and 0 <= args.conf_thresh <= 1):
+        parser.error("--ema-decay lies in [0,1), --conf-thresh in [0,1]")
+    if not (0 <= args.noise_std and 0 <= args.unsup_weight):
+        parser.error("--noise-std and --unsup-weight are not negative")
     if args.colour_jitter and not args.cutmix:
         parser.error("--colour-jitter goes with --cutmix")
     return args
 
 
-def build_networks(args: argparse.Namespace, data: DataSource, rt: Runtime) -> dict[str, nn.Module]:
-    """The teacher, which is the result and starts as a copy, and the student."""
-    student = rt.place(DeepLabV3Plus(args.backbone, data.num_classes, args.weights, args.output_stride, args.dropout))
-    teacher = copy.deepcopy(student).requires_grad_(False)
-    return {"teacher": teacher.train(not args.cutmix), "student": student}
+# CutMix-Seg's colours. Source: its release with the follow-up paper, arXiv:2110.04487.
+COLOURS = v2.Compose(
+    [
+        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, hue=0.1)], p=0.8),
+        v2.RandomGrayscale(p=0.2),
+    ]
+)
+
+
+def colour_jitter(pixels: Tensor) -> Tensor:
+    """Jitter and grey, each by chance; (H,W,3) uint8 to the same."""
+    return COLOURS(pixels.permute(2, 0, 1)).permute(1, 2, 0)
 
 
 def student_view(sample: dict, item: Item) -> dict:
-    """Add the jittered picture that the student alone sees."""
+    """Add the jittered image that the student alone sees."""
     return {**sample, "image_strong": colour_jitter(sample["image"])}
 
 
-def load_batches(args: argparse.Namespace, data: DataSource, rt: Runtime, start: int, stop: int) -> Iterator[tuple[dict, ...]]:
-    """The batches of iterations `start` to `stop`: labelled, unlabelled and, for CutMix, an independent second one."""
-    strong = student_view if args.colour_jitter else None
-    unlabelled = [
-        train_loader(data, data.unlabelled, stream, args, rt, start, stop, strong)
-        for stream in ((1, 2) if args.cutmix else (1,))
-    ]
-    return zip(train_loader(data, data.labelled, 0, args, rt, start, stop), *unlabelled)
-
-
-# ---------------------------------------------------------------------------------------------------------- the method
+# --------------------------------------------------------------------------------------- the method
 
 
 def add_noise(images: Tensor, valid_mask: Tensor, std: float) -> Tensor:
-    """Images (N,3,H,W) with Gaussian noise, drawn anew at each call; padding, where valid_mask (N,H,W) is False, stays 0."""
+    """Images (N,3,H,W) with Gaussian noise, drawn anew at each call.
+
+    Padding, where valid_mask (N,H,W) is False, stays 0.
+    """
     return images + std * torch.randn_like(images) * valid_mask[:, None]
 
 
-def squared_distance(probs: Tensor, targets: Tensor, valid_mask: Tensor, rt: Runtime) -> Tensor:
-    """Mean over the valid pixels of all processes of sum_c (p - p')², a scalar; the gradient goes to `probs`.
+def squared_distance(probs: Tensor, targets: Tensor, valid_mask: Tensor) -> Tensor:
+    """Mean over the valid pixels of all processes of sum_c (p - p')², a scalar.
 
     Args:
-        probs: (N,C,H,W) of the student.
+        probs: (N,C,H,W) of the student, which the gradient goes to.
         targets: (N,C,H,W) of the teacher, without gradient.
         valid_mask: (N,H,W) bool, False on padding.
-        rt: the process.
     """
     distance = (probs - targets).square().sum(1)  # (N,H,W)
-    return rt.mean((distance * valid_mask).sum(), valid_mask.sum())
+    return global_mean((distance * valid_mask).sum(), valid_mask.sum())
 
 
-def confident_share(targets: Tensor, valid_mask: Tensor, threshold: float, rt: Runtime) -> Tensor:
-    """Share of the valid pixels of all processes whose highest probability reaches `threshold`, a scalar in [0,1]."""
+def confident_share(targets: Tensor, valid_mask: Tensor, threshold: float) -> Tensor:
+    """Share of the valid pixels of all processes with max p' >= threshold, a scalar in [0,1]."""
     confident = (targets.amax(1) >= threshold) & valid_mask
-    return rt.add_up(confident.sum()) / rt.add_up(valid_mask.sum()).clamp_min(1)
+    return add_up(confident.sum()) / add_up(valid_mask.sum()).clamp_min(1)
 
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, decay: float, buffers: bool) -> None:
-    """teacher <- decay·teacher + (1-decay)·student, for the parameters and, with `buffers`, BatchNorm's statistics.
+    """teacher <- decay·teacher + (1-decay)·student.
 
-    Source: Eq. (2), arXiv:1703.01780. Counters among the buffers are copied.
+    For the parameters and, with `buffers`, BatchNorm's statistics; its counters are copied.
+    Source: Eq. (2), arXiv:1703.01780.
     """
-    ours, theirs = list(teacher.parameters()), list(student.parameters())
+    theirs, ours = list(teacher.parameters()), list(student.parameters())
     if buffers:
-        floating = [(a, b) for a, b in zip(teacher.buffers(), student.buffers()) if a.is_floating_point()]
-        ours, theirs = ours + [a for a, _ in floating], theirs + [b for _, b in floating]
-        for a, b in zip(teacher.buffers(), student.buffers()):
-            if not a.is_floating_point():
-                a.copy_(b)
-    torch._foreach_lerp_(ours, theirs, 1 - decay)
+        for old, new in zip(teacher.buffers(), student.buffers()):
+            if old.is_floating_point():
+                theirs.append(old)
+                ours.append(new)
+            else:
+                old.copy_(new)
+    torch._foreach_lerp_(theirs, ours, 1 - decay)
 
 
-def train_step(
-    networks: dict[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    batches: list[dict],
-    iteration: int,
-    args: argparse.Namespace,
-    data: DataSource,
-    rt: Runtime,
+def noise_step(
+    student: nn.Module, teacher: nn.Module, batch_l: dict, batch_u: dict, args: argparse.Namespace
 ) -> dict[str, Tensor]:
-    """One iteration; returns what to log, scalars on the device."""
-    student, teacher = networks["student"], networks["teacher"]
-    # 1. Labelled and unlabelled pictures, normalised on the device.
-    batch_l, *batches_u = batches
-    images_l, target_l = normalise(batch_l["image"], batch_l["valid_mask"]), batch_l["target"]  # (N,3,H,W), (N,H,W)
-    images_u = [normalise(batch["image"], batch["valid_mask"]) for batch in batches_u]  # one or two of (N,3,H,W)
+    """Mean Teacher: steps 1 to 3, the losses of one iteration."""
+    # 1. Labelled and unlabelled images, normalised on the device.
+    parts = [
+        (normalise(batch["image"], batch["valid_mask"]), batch["valid_mask"])
+        for batch in (batch_l, batch_u)
+    ]  # (N,3,H,W) and (N,H,W) each
+    target_l = batch_l["target"]
     size = target_l.shape[1:]
 
-    with rt.autocast():
-        if args.cutmix:
-            logits_l = student(images_l)
-            # 3. One box a picture; the teacher sees the unmixed pictures.
-            mask = half_area_masks(len(target_l), size[0], rt, args.seed, iteration)  # (N,H,W) bool
-            seen = images_u
-            if args.colour_jitter:
-                seen = [normalise(batch["image_strong"], batch["valid_mask"]) for batch in batches_u]
-            images_m = mix(mask, seen[1], seen[0])
-            valid_mask = mix(mask, batches_u[1]["valid_mask"], batches_u[0]["valid_mask"])
-            with torch.no_grad():
-                targets = mix(mask, *(full_softmax(teacher(images_u[i]), size) for i in (1, 0)))
-            probs = full_softmax(student(images_m), size)
-        else:
-            # 3. The same crops under different noise, labelled and unlabelled pictures in forward passes of their own.
-            clean = [(images_l, batch_l["valid_mask"]), (images_u[0], batches_u[0]["valid_mask"])]
-            logits_l, logits_u = (student(add_noise(*pair, args.noise_std)) for pair in clean)
-            valid_mask = torch.cat([mask for _, mask in clean])
-            with torch.no_grad():
-                targets = torch.cat([full_softmax(teacher(add_noise(*pair, args.noise_std)), size) for pair in clean])
-            probs = torch.cat([full_softmax(logits, size) for logits in (logits_l, logits_u)])
+    # 3. The same crops under different noise, in forward passes of their own: x+η, x+η'
+    logits_l, logits_u = (student(add_noise(*part, args.noise_std)) for part in parts)
+    with torch.no_grad():
+        targets = torch.cat(
+            [full_softmax(teacher(add_noise(*part, args.noise_std)), size) for part in parts]
+        )  # p', (2N,C,H,W)
+    probs = torch.cat([full_softmax(logits, size) for logits in (logits_l, logits_u)])
+    valid_mask = torch.cat([mask for _, mask in parts])
 
-    # 2., 3. Losses.
-    loss_sup = labelled_loss(logits_l, target_l, args.ohem, rt, args.kernels)
-    confident = confident_share(targets, valid_mask, args.conf_thresh, rt)
-    loss_unsup = squared_distance(probs, targets, valid_mask, rt)
-    loss_unsup = loss_unsup * confident if args.cutmix else loss_unsup / data.num_classes
-    loss = loss_sup + args.unsup_weight * loss_unsup
+    # 2. L_s = CE(f(x_l + η), y)
+    loss_sup = labelled_loss(logits_l, target_l, args.ohem)
 
-    # 4., 5. Gradient and step of the student; then the average.
-    rt.step(loss, optimizer)
-    ema_update(teacher, student, min(1 - 1 / (iteration + 1), args.ema_decay), buffers=args.cutmix)
-    return {"loss": loss, "loss_sup": loss_sup, "loss_unsup": loss_unsup, "confident": confident}
+    # 3. L_u = mean over pixels and classes of (p - p')²
+    loss_unsup = squared_distance(probs, targets, valid_mask) / probs.shape[1]
+
+    # L = L_s + w·L_u
+    return {
+        "loss": loss_sup + args.unsup_weight * loss_unsup,
+        "loss_sup": loss_sup,
+        "loss_unsup": loss_unsup,
+        "confident": confident_share(targets, valid_mask, args.conf_thresh),
+    }
 
 
-def score(
-    networks: dict[str, nn.Module],
+def cutmix_step(
+    student: nn.Module,
+    teacher: nn.Module,
+    batch_l: dict,
+    batches_u: list[dict],
+    iteration: int,
     args: argparse.Namespace,
-    data: DataSource,
-    rt: Runtime,
-    final: bool,
+) -> dict[str, Tensor]:
+    """CutMix-Seg: steps 1 to 3, the losses of one iteration."""
+    # 1. Labelled images, and two independent batches of unlabelled ones: u0, u1
+    images_l, target_l = normalise(batch_l["image"], batch_l["valid_mask"]), batch_l["target"]
+    images_u = [normalise(batch["image"], batch["valid_mask"]) for batch in batches_u]
+    size = target_l.shape[1:]
+
+    # 2. L_s = CE(f(x_l), y)
+    logits_l = student(images_l)
+    loss_sup = labelled_loss(logits_l, target_l, args.ohem)
+
+    # 3. One box an image, (N,H,W) bool; x_m = m·u1 + (1-m)·u0
+    mask = half_area_masks(len(target_l), size[0], args.seed, iteration, target_l.device)
+    seen = images_u
+    if args.colour_jitter:
+        seen = [normalise(batch["image_strong"], batch["valid_mask"]) for batch in batches_u]
+    images_m = mix(mask, seen[1], seen[0])
+    valid_mask = mix(mask, batches_u[1]["valid_mask"], batches_u[0]["valid_mask"])
+
+    # p'_m = m·p'(u1) + (1-m)·p'(u0): the teacher sees the unmixed images
+    with torch.no_grad():
+        inside, outside = (full_softmax(teacher(images_u[index]), size) for index in (1, 0))
+        targets = mix(mask, inside, outside)  # (N,C,H,W)
+    probs = full_softmax(student(images_m), size)
+
+    # L_u = share(max p'_m >= threshold) · mean over pixels of sum_c (p(x_m) - p'_m)²
+    confident = confident_share(targets, valid_mask, args.conf_thresh)
+    loss_unsup = squared_distance(probs, targets, valid_mask) * confident
+
+    # L = L_s + w·L_u
+    return {
+        "loss": loss_sup + args.unsup_weight * loss_unsup,
+        "loss_sup": loss_sup,
+        "loss_unsup": loss_unsup,
+        "confident": confident,
+    }
+
+
+def validate(
+    run: Run, teacher: nn.Module, student: nn.Module
 ) -> tuple[dict[str, Scores], dict[str, float]]:
-    """Evaluate the teacher, which is the result, and the student; the accuracy of the teacher's pseudo-labels."""
-    results, measured = validate(networks, data, args, rt, audit=True)
-    return results, {"student_miou": results["student"].miou, **measured}
+    """Scores of both networks, and what else is measured of them."""
+    networks = {"teacher": teacher, "student": student}
+    scores = evaluate(networks, run.data.val, run.data, run.args)
+    return scores, {"student_miou": scores["student"].miou, **run.audit(teacher)}
 
 
 def main(args: argparse.Namespace) -> None:
-    """Data -> networks -> optimiser -> resume -> loop -> evaluate -> save. These lines are the same in every script."""
-    rt = runtime.start(args)
-    data = load_data(args, rt)
-    schedule = cli.Schedule(args, len(data.unlabelled) or len(data.labelled), rt.world)
-    report = Report(args, data, rt, schedule, MEASURES, EVALUATIONS)
+    """Train a student and its average, the teacher, and evaluate both."""
+    run = Run(args)
+    data = run.data
+    student = run.place(DeepLabV3Plus.from_settings(args, data.num_classes))
+    teacher = copy.deepcopy(student).requires_grad_(False).train(not args.cutmix)
+    optimizer = sgd([student], args)
+    run.keep(result="teacher", teacher=teacher, student=student, optimizer=optimizer)
+    trained = run.parallel(student)
 
-    networks = build_networks(args, data, rt)
-    trained = [network for network in networks.values() if any(parameter.requires_grad for parameter in network.parameters())]
-    groups = [
-        group
-        for network in trained
-        for group in parameter_groups(network, args.lr, args.head_lr_mult, args.weight_decay, args.decay_norm)
-    ]
-    optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
-    callables = {name: rt.wrap(network) if network in trained else network for name, network in networks.items()}
-
-    states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": rt.scaler, "report": report}
-    last = Path(args.output_dir) / "last.pt"
-    start = checkpoint.resume(last if args.resume else None, args, networks, states, rt)
-    report.begin(start, networks)
-    if args.eval_only:
-        results, _ = score(networks, args, data, rt, final=True)
-        report.finish(results, next(iter(networks.values())))
-        return
-
-    batches = iter(load_batches(args, data, rt, start, schedule.total))
-    for done in range(start, schedule.total + 1):  # `done` iterations lie behind
-        stopping = rt.stopping()
-        if done > start and (stopping or schedule.saves(done)):
-            checkpoint.save(last, done, args, networks, states, rt)
-        if stopping:
-            raise runtime.Stopped(rt.signal)
-        if schedule.evaluates(done):  # after saving: a run that dies here evaluates again when it is resumed
-            results, measured = score(networks, args, data, rt, final=done == schedule.total)
-            report.evaluation(done, next(iter(results.values())), networks, measured)
-        if done == schedule.total:
-            break
-        with checkpoint.saved_first(last, done, args, networks, states, rt):
-            batch = [rt.to_device(part) for part in next(batches)]
-        measured = train_step(callables, optimizer, batch, done, args, data, rt)
-        rt.check_finite(measured["loss"], done + 1, [name for part in batch for name in part["name"]])
-        report.iteration(done + 1, measured, scheduler.get_last_lr()[0])
-        scheduler.step()
-    report.finish(results, next(iter(networks.values())))
+    strong = student_view if args.colour_jitter else None
+    labelled = run.batches(data.labelled, stream=0)
+    streams = (1, 2) if args.cutmix else (1,)
+    unlabelled = [run.batches(data.unlabelled, stream, strong) for stream in streams]
+    for iteration, (batch_l, *batches_u) in run.iterations(labelled, *unlabelled):
+        if run.evaluates():
+            run.report(*validate(run, teacher, student))
+        if args.cutmix:
+            measured = cutmix_step(trained, teacher, batch_l, batches_u, iteration, args)
+        else:
+            measured = noise_step(trained, teacher, batch_l, *batches_u, args)
+        # 4., 5. The student's step; then the average.
+        run.step(measured["loss"], optimizer)
+        ema_update(teacher, student, min(1 - 1 / (iteration + 1), args.ema_decay), args.cutmix)
+        run.log(measured)
+    run.finish(*validate(run, teacher, student))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,13 @@
 
 Yang, Zhuo, Qi, Shi, Gao; CVPR 2022, arXiv:2106.05095.
 
+    stage 1   D_l -------------------------------> train --> T_1, T_2, T_3
+    select    u_i --> T_1, T_2, T_3 --> M_i1, M_i2, M_i3 --> s_i --> D_u1 (reliable), D_u2 (rest)
+    label     D_u1 --> T_3 --> ŷ
+    stage 2   D_l, strongly augmented D_u1 ------> train --> S
+    label     D_u2 --> S --> ŷ
+    stage 3   D_l, strongly augmented D_u1, D_u2 -> train --> the result
+
 1. Train a teacher on the labelled images; keep its checkpoints T_1, T_2, T_3 at a third, two thirds
    and the end of training.
 2. Score each unlabelled image by how little its prediction still changes:             [section 3.3]
@@ -21,10 +28,10 @@ Each training is a stage with a run folder of its own, RUN/stage-1, RUN/stage-2;
 RUN itself. Masks go to RUN/pseudo_masks/STAGE/ID.png (the stage whose network made them), scores to
 RUN/reliability.csv.
 
-| symbol | variable       | symbol   | variable         | symbol     | variable                    |
-|--------|----------------|----------|------------------|------------|-----------------------------|
-| T_j    | checkpoints    | M_ij     | predictions      | s_i        | scores                      |
-| u_i    | images, items  | reliable | reliable (names) | strong aug | strong (see `load_batches`) |
+| symbol | variable         | symbol   | variable    | symbol     | variable       |
+|--------|------------------|----------|-------------|------------|----------------|
+| T_j    | checkpoint-J.pt  | M_ij     | predictions | s_i        | score_of       |
+| u_i    | data.unlabelled  | D_u1     | reliable    | strong aug | strong_augment |
 
 Differences from the paper and the released code:
 1. The teacher is the last checkpoint. The release takes the best on the validation set, also after
@@ -54,68 +61,148 @@ import csv
 import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
-from common import InputError, checkpoint, cli, datasets, runtime
-from common.augment import colour_jitter_and_blur, cutout, normalise
-from common.data import equal_size_loader, train_loader
-from common.data import load_data as load_source
+from common import InputError, checkpoint, cli, datasets, distributed, runtime
+from common.augment import IGNORE, normalise, uniform
+from common.data import equal_size_loader, load_data
 from common.datasets import DataSource, Item
-from common.deeplabv3plus import DeepLabV3Plus, full_softmax, parameter_groups
-from common.evaluate import Scores, image_miou, scores, update, validate
+from common.deeplabv3plus import DeepLabV3Plus, full_softmax
+from common.evaluate import device_of, evaluate, evaluating, image_miou, scores, update
 from common.figures import reliability_figure
 from common.losses import labelled_loss
 from common.masks import read_mask, write_mask
-from common.report import Report, claim
-from common.runtime import Runtime
+from common.report import claim
+from common.run import Run, place, sgd
 from kernels import pseudo_label
 
-# voc, cityscapes: the released configurations; an epoch passes over the list of the stage. shapes, camvid: as elsewhere.
-# fmt: off
+# voc, cityscapes: the released configurations; an epoch passes over the list of the stage.
+# shapes, camvid: our own choice, the settings of cps.py for each stage. folder: as voc, but with
+# output stride 16.
 PRESETS = {
-    "shapes": {"max_iters": 1400, "lr": 0.1, "crop_size": 64, "batch_size": 8, "head_lr_mult": 1.0, "decay_norm": False,
-               "scale": "0.5,0.75,1,1.5,1.75,2"},
-    "camvid": {"epochs": 300, "lr": 0.01, "weight_decay": 4e-4, "crop_size": 320, "batch_size": 8, "head_lr_mult": 1.0,
-               "decay_norm": False, "scale": "0.5,0.75,1,1.5,1.75,2"},
-    "voc": {"epochs": 80, "lr": 0.001, "crop_size": 321, "output_stride": 8, "scale": "long:200-800"},
-    "cityscapes": {"epochs": 240, "lr": 0.004, "crop_size": 721, "output_stride": 8, "scale": "long:1024-4096",
-                   "eval_window": 0},
-    "folder": {"epochs": 80, "lr": 0.001, "crop_size": 321, "scale": "long:200-800"},
+    "shapes": {
+        "backbone": "tiny",
+        "weights": "none",
+        "output_stride": 8,
+        "max_iters": 1400,
+        "batch_size": 8,
+        "eval_iters": 200,
+        "eval_window": 0,
+        "crop_size": 64,
+        "scale": "0.5,0.75,1,1.5,1.75,2",
+        "lr": 0.1,
+        "head_lr_mult": 1.0,
+        "weight_decay": 1e-4,
+        "decay_norm": False,
+        "ohem": None,
+    },
+    "camvid": {
+        "backbone": "resnet50",
+        "weights": "imagenet",
+        "output_stride": 16,
+        "epochs": 300,
+        "batch_size": 8,
+        "eval_interval": 10,
+        "eval_window": 0,
+        "crop_size": 320,
+        "scale": "0.5,0.75,1,1.5,1.75,2",
+        "lr": 0.01,
+        "head_lr_mult": 1.0,
+        "weight_decay": 4e-4,
+        "decay_norm": False,
+        "ohem": None,
+    },
+    "voc": {
+        "backbone": "resnet50",
+        "weights": "imagenet",
+        "output_stride": 8,
+        "epochs": 80,
+        "batch_size": 16,
+        "eval_interval": 1,
+        "eval_window": 0,
+        "crop_size": 321,
+        "scale": "long:200-800",
+        "lr": 0.001,
+        "head_lr_mult": 10.0,
+        "weight_decay": 1e-4,
+        "decay_norm": True,
+        "ohem": None,
+    },
+    "cityscapes": {
+        "backbone": "resnet50",
+        "weights": "imagenet",
+        "output_stride": 8,
+        "epochs": 240,
+        "batch_size": 16,
+        "eval_interval": 8,
+        "eval_window": 0,
+        "crop_size": 721,
+        "scale": "long:1024-4096",
+        "lr": 0.004,
+        "head_lr_mult": 10.0,
+        "weight_decay": 1e-4,
+        "decay_norm": True,
+        "ohem": None,
+    },
+    "folder": {
+        "backbone": "resnet50",
+        "weights": "imagenet",
+        "output_stride": 16,
+        "epochs": 80,
+        "batch_size": 16,
+        "eval_interval": 1,
+        "eval_window": 0,
+        "crop_size": 321,
+        "scale": "long:200-800",
+        "lr": 0.001,
+        "head_lr_mult": 10.0,
+        "weight_decay": 1e-4,
+        "decay_norm": True,
+        "ohem": None,
+    },
 }
-# fmt: on
-EVERYWHERE = {"batch_size": 16, "weight_decay": 1e-4, "head_lr_mult": 10.0, "decay_norm": True, "ohem": None}
-PRESETS = {name: {**EVERYWHERE, **preset} for name, preset in PRESETS.items()}
-MEASURES, EVALUATIONS = (), ()
 CHECKPOINTS = 3  # K in the paper
 SCALES = (0.5, 0.75, 1.0, 1.5, 2.0)  # of the test-time augmentation
-REPEAT_BELOW = 200  # labelled pictures; fewer are listed twice in stage 1
+REPEAT_BELOW = 200  # labelled images; fewer are listed twice in stage 1
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The settings of a run: the shared flags and those of ST++; schedules count for each stage."""
     parser = cli.parser(__doc__, PRESETS)
-    group = parser.add_argument_group("ST++", "--epochs and --max-iters count for each of its two or three trainings")
-    group.add_argument("--plain", action="store_true", help="ST: re-train once, on all pictures (--selection all)")
+    group = parser.add_argument_group(
+        "ST++", "--epochs and --max-iters count for each of its two or three trainings"
+    )
+    group.add_argument(
+        "--plain", action="store_true", help="ST: re-train once, on all images (--selection all)"
+    )
     group.add_argument(
         "--selection",
         choices=["reliable", "random", "all"],
-        help="what to label first: the reliable half, a random half, or all at once (Table 6; default: reliable)",
+        help="what to label first: the reliable half, a random half, or all at once "
+        "(Table 6; default: reliable)",
     )
     group.add_argument(
         "--strong-aug",
         choices=["unlabelled", "labelled", "both", "none"],
         default="unlabelled",
-        help="which pictures to augment strongly in re-training (Table 5; default: unlabelled)",
+        help="which images to augment strongly in re-training (Table 5; default: unlabelled)",
     )
-    group.add_argument("--teacher", choices=["last", "best"], default="last", help="checkpoint that labels (default: last)")
-    group.add_argument("--no-tta", dest="tta", action="store_false", help="label without scales and mirror images")
+    group.add_argument(
+        "--teacher",
+        choices=["last", "best"],
+        default="last",
+        help="checkpoint that labels (default: last)",
+    )
+    group.add_argument(
+        "--no-tta", dest="tta", action="store_false", help="label without scales and mirror images"
+    )
     given, _ = parser.parse_known_args(argv)
     if given.plain and given.selection not in (None, "all"):
         parser.error(f"--plain selects nothing; leave --selection {given.selection} out")
@@ -136,86 +223,115 @@ def stage_folder(args: argparse.Namespace, stage: int) -> Path:
     return Path(args.run) if stage == stage_count(args) else Path(args.run) / f"stage-{stage}"
 
 
-def load_data(args: argparse.Namespace, rt: Runtime) -> DataSource:
-    """The data set, with the list that the stage `args.stage` trains on as its labelled pictures."""
-    data = load_source(args, rt)
-    if args.stage == 1:
-        return replace(data, labelled=data.labelled * (2 if len(data.labelled) < REPEAT_BELOW else 1), unlabelled=())
-    reliable = read_reliable(args)
-    pseudo = []
-    for item in data.unlabelled:
-        maker = 1 if reliable is None or item.name in reliable else 2
-        if maker < args.stage:
-            pseudo.append(Item(item.name, item.image, mask_path(args, maker, item.name), pseudo=True))
-    datasets.check_files(item.mask for item in pseudo)
-    repeated = data.labelled * math.ceil(len(pseudo) / len(data.labelled))
-    return replace(data, labelled=repeated + tuple(pseudo), unlabelled=())
+def mask_path(args: argparse.Namespace, stage: int, name: str) -> Path:
+    """Where the mask lies that the network of `stage` made for image `name`."""
+    return Path(args.run) / "pseudo_masks" / str(stage) / f"{name}.png"
 
 
-def build_networks(args: argparse.Namespace, data: DataSource, rt: Runtime) -> dict[str, nn.Module]:
-    """The network of a stage, from the start."""
-    network = DeepLabV3Plus(args.backbone, data.num_classes, args.weights, args.output_stride, args.dropout)
-    return {"model": rt.place(network)}
+# --------------------------------------------------------------------------------------- the method
+
+
+# ST's colours. Source: the released ST++, with another blur filter (difference 6).
+COLOURS = v2.Compose(
+    [
+        v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.5, hue=0.25)], p=0.8),
+        v2.RandomGrayscale(p=0.2),
+        # 13 pixels are three σ each way.
+        v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], p=0.5),
+    ]
+)
+
+
+def colour_jitter_and_blur(pixels: Tensor) -> Tensor:
+    """Jitter, grey and blur, each by chance; (H,W,3) uint8 to the same."""
+    return COLOURS(pixels.permute(2, 0, 1)).permute(1, 2, 0)
+
+
+def cutout(pixels: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """ST's Cutout, with chance 0.5: a box of random pixels, ignored in the target.
+
+    Area, aspect ratio and corner are drawn together and rejected together until the box lies inside
+    the image. A large box seldom fits at a uniform corner, so small ones prevail: the mean area of
+    a box is 0.14 of a square image, not the 0.21 of U(0.02, 0.4).
+
+        area ~ U(0.02, 0.4) · H·W,   aspect = rows / columns ~ U(0.3, 1/0.3),
+        corner uniform over the pixels
+
+    Source: the released ST++.
+
+    Args:
+        pixels: (H,W,3) uint8.
+        target: (H,W) uint8.
+
+    Returns:
+        New tensors, or the same ones where nothing is cut.
+    """
+    height, width = target.shape
+    if uniform(0, 1) >= 0.5:
+        return pixels, target
+    while True:
+        area = uniform(0.02, 0.4) * height * width
+        aspect = uniform(0.3, 1 / 0.3)
+        rows = int((area * aspect) ** 0.5)
+        columns = int((area / aspect) ** 0.5)
+        top = int(torch.randint(height, ()))
+        left = int(torch.randint(width, ()))
+        if top + rows <= height and left + columns <= width:
+            break
+
+    pixels, target = pixels.clone(), target.clone()
+    # Values 0 to 254: the release draws U(0, 255) and drops the fraction.
+    noise = torch.randint(0, 255, (rows, columns, 3), dtype=torch.uint8)
+    pixels[top : top + rows, left : left + columns] = noise
+    target[top : top + rows, left : left + columns] = IGNORE
+    return pixels, target
 
 
 def strong_augment(sample: dict, item: Item, which: str) -> dict:
-    """Jitter, blur and Cutout for the pictures that `which` (`--strong-aug`) names; others as they are."""
-    if which == "none" or (which != "both" and item.pseudo != (which == "unlabelled")):
+    """Jitter, blur and Cutout for the images that `which` (`--strong-aug`) names."""
+    chosen = {"none": False, "both": True, "unlabelled": item.pseudo, "labelled": not item.pseudo}
+    if not chosen[which]:
         return sample
     image, target = cutout(colour_jitter_and_blur(sample["image"]), sample["target"])
     return {**sample, "image": image, "target": target}
 
 
-def load_batches(args: argparse.Namespace, data: DataSource, rt: Runtime, start: int, stop: int) -> Iterator[tuple[dict, ...]]:
-    """The batches of iterations `start` to `stop`: true and pseudo-labels from one shuffled list."""
-    strong = functools.partial(strong_augment, which=args.strong_aug) if args.stage > 1 else None
-    return zip(train_loader(data, data.labelled, args.stage, args, rt, start, stop, strong))
-
-
-# ---------------------------------------------------------------------------------------------------------- the method
-
-
-def train_step(
-    networks: dict[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    batches: list[dict],
-    iteration: int,
-    args: argparse.Namespace,
-    data: DataSource,
-    rt: Runtime,
-) -> dict[str, Tensor]:
-    """Steps 1, 4 and 5: one iteration of a stage; returns what to log, scalars on the device."""
-    (batch,) = batches
-    with rt.autocast():
-        logits = networks["model"](normalise(batch["image"], batch["valid_mask"]))  # (N,C,H/4,W/4)
-    loss = labelled_loss(logits, batch["target"], args.ohem, rt, args.kernels)
-    rt.step(loss, optimizer)
-    if args.stage == 1:
-        keep_checkpoint(networks["model"], iteration + 1, args, data, rt)
-    return {"loss": loss}
-
-
-def keep_checkpoint(network: nn.Module, done: int, args: argparse.Namespace, data: DataSource, rt: Runtime) -> None:
-    """Step 1: write RUN/stage-1/checkpoint-J.pt where `done` iterations are ceil(J·T/3) of the stage's T."""
-    total = cli.Schedule(args, len(data.labelled), rt.world).total
-    for j in range(1, CHECKPOINTS + 1):
-        if done == math.ceil(j * total / CHECKPOINTS):
-            networks = {"model": runtime.unwrap(network)}
-            if rt.is_main:
-                checkpoint.write(checkpoint.header(done, args, networks), stage_folder(args, 1) / f"checkpoint-{j}.pt")
+def train_step(network: nn.Module, batch: dict, args: argparse.Namespace) -> dict[str, Tensor]:
+    """Steps 1, 4 and 5: the loss of one iteration of a stage, on true and pseudo-labels alike."""
+    logits = network(normalise(batch["image"], batch["valid_mask"]))  # (N,C,H/4,W/4)
+    return {"loss": labelled_loss(logits, batch["target"], args.ohem)}
 
 
 def reliability(predictions: list[Tensor], num_classes: int) -> Tensor:
-    """Step 2: s_i = sum_{j<K} meanIoU(M_ij, M_iK) of K label maps (N,H,W); (N,) float64 in [0,K-1]."""
+    """Step 2: s_i = sum_{j<K} meanIoU(M_ij, M_iK).
+
+    Args:
+        predictions: K label maps (N,H,W), of the checkpoints in order.
+        num_classes: C.
+
+    Returns:
+        (N,) float64 in [0,K-1].
+    """
     *earlier, last = predictions
     return sum(image_miou(prediction, last, num_classes) for prediction in earlier)
 
 
-def label_pictures(network: nn.Module, images: Tensor, tta: bool, impl: str = "auto") -> Tensor:
-    """Step 3: labels (N,H,W) uint8 of normalised images (N,3,H,W), with test-time augmentation if `tta`."""
+def label_images(network: nn.Module, images: Tensor, tta: bool) -> Tensor:
+    """Steps 3 and 5: labels of images.
+
+    They are the argmax of the sum of softmaxes over scales, each with its mirror image.
+
+    Args:
+        network: in eval mode.
+        images: (N,3,H,W), normalised.
+        tta: whether to take scales and mirror images; else the image alone.
+
+    Returns:
+        (N,H,W) uint8.
+    """
     height, width = images.shape[2:]
     if not tta:
-        return pseudo_label(network(images), (height, width), impl=impl).label
+        return pseudo_label(network(images), (height, width)).label
     total = 0
     for scale in SCALES:
         size = (max(1, round(height * scale)), max(1, round(width * scale)))
@@ -224,174 +340,58 @@ def label_pictures(network: nn.Module, images: Tensor, tta: bool, impl: str = "a
             logits = network(scaled.flip(3) if mirrored else scaled)
             probs = full_softmax(logits, (height, width))
             total = total + (probs.flip(3) if mirrored else probs)
-    return pseudo_label(total, impl=impl).label
+    return pseudo_label(total).label
 
 
-def score(
-    networks: dict[str, nn.Module],
-    args: argparse.Namespace,
-    data: DataSource,
-    rt: Runtime,
-    final: bool,
-) -> tuple[dict[str, Scores], dict[str, float]]:
-    """Evaluate the network of the stage."""
-    return validate({"network": networks["model"]}, data, args, rt)
-
-
-# ------------------------------------------------------------------------------------------ between the stages: labelling
-
-
-def mask_path(args: argparse.Namespace, stage: int, name: str) -> Path:
-    """Where the mask lies that the network of `stage` made for picture `name`."""
-    return Path(args.run) / "pseudo_masks" / str(stage) / f"{name}.png"
-
-
-def load_trained(args: argparse.Namespace, data: DataSource, rt: Runtime, path: Path) -> nn.Module:
-    """A network in eval mode with the weights of a checkpoint."""
-    networks = build_networks(args, data, rt)
-    checkpoint.load_networks(checkpoint.read(path), networks, path)
-    return networks["model"].eval()
-
-
-def read_reliable(args: argparse.Namespace) -> set[str] | None:
-    """Names of the pictures that are labelled first, from reliability.csv; None where all are."""
-    if args.selection == "all":
-        return None
-    with open(Path(args.run) / "reliability.csv", newline="") as file:
-        return {row["id"] for row in csv.DictReader(file) if row["reliable"] == "1"}
-
-
-@torch.no_grad()
-def select(args: argparse.Namespace, data: DataSource, rt: Runtime) -> None:
-    """Step 2: score the unlabelled pictures and write reliability.csv; with true masks at hand, the figure too."""
-    path = Path(args.run) / "reliability.csv"
-    done = path.is_file()
-    rt.barrier()  # all processes have looked before the first one writes
-    if done:
+def main(args: argparse.Namespace) -> None:
+    """Algorithm 2 of the paper; every step returns at once if its output is there."""
+    data = prepare(args)
+    plain = args.selection == "all"
+    if args.eval_only:
+        train(stage_count(args), [], data, args)
         return
-    scored: dict[str, tuple[float, float]] = {}  # name -> score, mIoU against the truth or NaN
-    if args.selection == "random":
-        order = torch.randperm(len(data.unlabelled), generator=torch.Generator().manual_seed(args.seed)).tolist()
-        scored = {item.name: (float(rank), math.nan) for rank, item in zip(order, data.unlabelled)}
-    else:
-        paths = [stage_folder(args, 1) / f"checkpoint-{j}.pt" for j in range(1, CHECKPOINTS + 1)]
-        checkpoints = [load_trained(args, data, rt, path) for path in paths]
-        masked = {item.name: item for item in data.audit}  # to measure with, never to train on
-        items = tuple(masked.get(item.name, item) for item in data.unlabelled)
-        with_truth = [tuple(item for item in items if (item.mask is not None) == known) for known in (False, True)]
-        for part in with_truth:
-            for batch in equal_size_loader(data, part, args, rt):
-                rt.check_signal()
-                batch = rt.to_device(batch)
-                with rt.autocast():
-                    predictions = [label_pictures(f, normalise(batch["image"]), False, args.kernels) for f in checkpoints]
-                values = reliability(predictions, data.num_classes).tolist()
-                truth = [math.nan] * len(values)
-                if "target" in batch:
-                    truth = image_miou(batch["target"], predictions[-1], data.num_classes).tolist()
-                scored.update(zip(batch["name"], zip(values, truth)))
-        scored = rt.gather(scored)
-    ranked = sorted(scored, key=lambda name: (-scored[name][0], name))
-    reliable = set(ranked[: len(ranked) // 2])
-    if rt.is_main:
-        known = [name for name in ranked if not math.isnan(scored[name][1])]
-        if known:
-            points = [(scored[name][0], scored[name][1], name in reliable) for name in known]
-            reliability_figure(points, Path(args.run) / "figures" / "reliability.png")
-        part = path.with_suffix(".part")
-        with open(part, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["id", "score", "reliable"])
-            writer.writerows([name, f"{scored[name][0]:.6f}", int(name in reliable)] for name in ranked)
-        part.replace(path)
-    rt.barrier()
+
+    train(1, [], data, args)  # T on D_l, and its checkpoints
+    reliable = data.unlabelled if plain else select(data, args)  # D_u1, by s_i
+    pseudo = label(1, reliable, data, args)  # by T
+    train(2, pseudo, data, args)  # S on D_l and D_u1
+    if not plain:
+        first = {item.name for item in reliable}
+        rest = [item for item in data.unlabelled if item.name not in first]  # D_u2
+        pseudo = pseudo + label(2, rest, data, args)  # by S
+        train(3, pseudo, data, args)  # S again, on D_l, D_u1 and D_u2
 
 
-@torch.no_grad()
-def write_masks(stage: int, items: tuple[Item, ...], args: argparse.Namespace, data: DataSource, rt: Runtime) -> None:
-    """Steps 3 and 5: label pictures with the network of a stage; masks that are there already stay."""
-    missing = tuple(item for item in items if not mask_path(args, stage, item.name).is_file())
-    rt.barrier()  # all processes have looked before the first one writes
-    if missing:
-        network = load_trained(args, data, rt, stage_folder(args, stage) / f"{args.teacher}.pt")
-        with ThreadPoolExecutor(2) as pool:
-            pending = []
-            for batch in equal_size_loader(data, missing, args, rt):
-                rt.check_signal()
-                images = normalise(rt.to_device(batch)["image"])
-                with rt.autocast():
-                    labels = label_pictures(network, images, args.tta, args.kernels).cpu()
-                for name, label in zip(batch["name"], labels):
-                    pending.append(pool.submit(write_mask, mask_path(args, stage, name), label, data.colours))
-                while len(pending) > 64:  # no more masks wait than this
-                    pending.pop(0).result()
-            for future in pending:
-                future.result()
-        rt.barrier()
-    report_masks(stage, items, args, data, rt)
+def prepare(args: argparse.Namespace) -> DataSource:
+    """Claim the run's folder, keep its settings, and load the data.
 
-
-def report_masks(stage: int, items: tuple[Item, ...], args: argparse.Namespace, data: DataSource, rt: Runtime) -> None:
-    """Print how good the masks are, where true masks are available, and keep it in RUN/pseudo_masks/STAGE.json."""
-    names = {item.name for item in items}
-    known = tuple(item for item in data.audit if item.name in names)
-    matrix = torch.zeros(data.num_classes, data.num_classes, dtype=torch.int64)
-    for sample in equal_size_loader(data, known, args, replace(rt, rank=0, world=1), pixels=1) if rt.is_main else ():
-        update(matrix, sample["target"][0], read_mask(mask_path(args, stage, sample["name"][0])))
-    if known and rt.is_main:
-        result = scores(matrix)
-        quality = f"accuracy {100 * result.accuracy:.2f}, mIoU {100 * result.miou:.2f}"
-        print(f"pseudo-masks of stage {stage}: {quality} on {len(known)} pictures with true masks", flush=True)
-        found = {"pictures": len(known), "accuracy": result.accuracy, "miou": result.miou}
-        checkpoint.write(found, Path(args.run) / "pseudo_masks" / f"{stage}.json")
-
-
-# --------------------------------------------------------------------------------------------------------- the stages
-
-
-def run(args: argparse.Namespace) -> None:
-    """All stages; those that are finished are not run again."""
-    rt = runtime.start(args)
+    Raises:
+        InputError: the folder is that of a stage or occupied, or the data does not suffice.
+    """
+    runtime.start(args)
     count = stage_count(args)
     if getattr(args, "stage", count) < count:
-        raise InputError(f"{args.output_dir} is one stage of a run; resume the run itself, the folder above")
+        raise InputError(
+            f"{args.output_dir} is one stage of a run; resume the run itself, the folder above"
+        )
     args.run, args.stage = args.output_dir, count
-    if not args.resume and any(checkpoint.occupied(stage_folder(args, stage)) for stage in range(1, count + 1)):
-        raise InputError(f"{args.run} holds a run already; go on with --resume {args.run}, or choose another --output-dir")
+    stages = [stage_folder(args, stage) for stage in range(1, count + 1)]
+    if not args.resume and any(map(checkpoint.occupied, stages)):
+        raise InputError(
+            f"{args.run} holds a run already; go on with --resume {args.run}, "
+            "or choose another --output-dir"
+        )
     if args.eval_only and not (Path(args.run) / "last.pt").is_file():
         raise InputError(f"--eval-only: the last stage of {args.run} has no checkpoint yet")
-    data = load_source(args, rt)
+    data = load_data(args)
     check_unlabelled(args, data)
-    rt.barrier()
-    claimed = claim(Path(args.run)) if rt.is_main else None  # before anything is written: another run may be at work there
-    if rt.is_main and not args.resume:  # for --resume, until the last stage writes its own
-        checkpoint.write({"args": vars(args)}, Path(args.run) / "args.json")
+    distributed.barrier()
+    if distributed.is_main():
+        claim(Path(args.run))  # before anything is written: another run may be at work there
+        if not args.resume:  # for --resume, until the last stage writes its own
+            checkpoint.write({"args": vars(args)}, Path(args.run) / "args.json")
     check_stages(args)
-    for stage in range(1, count + 1):
-        folder = stage_folder(args, stage)
-        if stage == count or not (args.eval_only or (folder / "finished").is_file()):
-            say(rt, f"stage {stage} of {count}: train on {stage_text(args, stage)}")
-            resume = args.resume and begun(folder)
-            main(argparse.Namespace(**{**vars(args), "stage": stage, "output_dir": str(folder), "resume": resume}))
-            if stage == count:
-                break
-            rt = runtime.start(args)  # `main` had one of its own
-            rt.agree_to_stop()
-            if rt.is_main:
-                (folder / "finished").touch()
-        if args.eval_only:
-            continue
-        torch.backends.cudnn.benchmark = False  # pictures of many sizes; the next training sets it again
-        if stage == 1 and args.selection != "all":
-            say(rt, f"select the {args.selection} half of {len(data.unlabelled)} unlabelled pictures")
-            select(args, data, rt)
-        reliable = read_reliable(args)
-        items = tuple(item for item in data.unlabelled if reliable is None or (item.name in reliable) == (stage == 1))
-        say(rt, f"label {len(items)} pictures with the network of stage {stage}")
-        write_masks(stage, items, args, data, rt)
-        rt.agree_to_stop()
-    if claimed:
-        claimed.close()
+    return data
 
 
 def check_unlabelled(args: argparse.Namespace, data: DataSource) -> None:
@@ -399,7 +399,8 @@ def check_unlabelled(args: argparse.Namespace, data: DataSource) -> None:
     needed = 1 if args.selection == "all" else 2  # two halves
     if len(data.unlabelled) < needed:
         raise InputError(
-            f"{data.protocol}: re-training needs at least {needed} unlabelled images; use supervised.py, or a smaller --split"
+            f"{data.protocol}: re-training needs at least {needed} unlabelled images; "
+            "use supervised.py, or a smaller --split"
         )
 
 
@@ -412,16 +413,16 @@ def check_stages(args: argparse.Namespace) -> None:
         if not begun(folder):
             continue
         found = checkpoint.read_description(folder)["args"]
-        other = [f"{key}={found[key]}" for key in found if key not in own and found[key] != wanted.get(key)]
+        other = [
+            f"{key}={found[key]}"
+            for key in found
+            if key not in own and found[key] != wanted.get(key)
+        ]
         if other:
-            raise InputError(f"{folder} was trained with {', '.join(other)}, unlike the run; choose another --output-dir")
-
-
-def stage_text(args: argparse.Namespace, stage: int) -> str:
-    """What a stage trains on."""
-    if stage == 1:
-        return "labelled pictures"
-    return "labelled and pseudo-labelled pictures" + (" of the first half" if stage < stage_count(args) else "")
+            raise InputError(
+                f"{folder} was trained with {', '.join(other)}, unlike the run; "
+                "choose another --output-dir"
+            )
 
 
 def begun(folder: Path) -> bool:
@@ -429,59 +430,246 @@ def begun(folder: Path) -> bool:
     return (folder / "args.json").is_file() and "versions" in checkpoint.read_description(folder)
 
 
-def say(rt: Runtime, text: str) -> None:
-    """Print on the first process."""
-    if rt.is_main:
+def say(text: str) -> None:
+    """Print a heading on the first process."""
+    if distributed.is_main():
         print(f"\n== {text}", flush=True)
 
 
-def main(args: argparse.Namespace) -> None:
-    """Data -> networks -> optimiser -> resume -> loop -> evaluate -> save. These lines are the same in every script."""
-    rt = runtime.start(args)
-    data = load_data(args, rt)
-    schedule = cli.Schedule(args, len(data.unlabelled) or len(data.labelled), rt.world)
-    report = Report(args, data, rt, schedule, MEASURES, EVALUATIONS)
+# ----------------------------------------------------------------------------------------- training
 
-    networks = build_networks(args, data, rt)
-    trained = [network for network in networks.values() if any(parameter.requires_grad for parameter in network.parameters())]
-    groups = [
-        group
-        for network in trained
-        for group in parameter_groups(network, args.lr, args.head_lr_mult, args.weight_decay, args.decay_norm)
-    ]
-    optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
-    callables = {name: rt.wrap(network) if network in trained else network for name, network in networks.items()}
 
-    states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": rt.scaler, "report": report}
-    last = Path(args.output_dir) / "last.pt"
-    start = checkpoint.resume(last if args.resume else None, args, networks, states, rt)
-    report.begin(start, networks)
-    if args.eval_only:
-        results, _ = score(networks, args, data, rt, final=True)
-        report.finish(results, next(iter(networks.values())))
+def train(stage: int, pseudo: list[Item], data: DataSource, args: argparse.Namespace) -> None:
+    """Steps 1, 4 and 5: train the network of a stage in a run folder of its own.
+
+    Args:
+        stage: 1, 2 or 3; the last one is the run itself, and prints and draws again if finished.
+        pseudo: pseudo-labelled images, none in stage 1.
+        data: the data set.
+        args: the settings of the run.
+    """
+    folder, last = stage_folder(args, stage), stage == stage_count(args)
+    if not last and (folder / "finished").is_file():
         return
+    parts = "labelled" if stage == 1 else "labelled and pseudo-labelled"
+    half = "" if stage == 1 or last else " of the first half"
+    say(f"stage {stage} of {stage_count(args)}: train on {parts} images{half}")
+    own = {"stage": stage, "output_dir": str(folder), "resume": args.resume and begun(folder)}
+    settings = argparse.Namespace(**{**vars(args), **own})
+    train_network(settings, data, stage_list(data, pseudo))
+    if not last:
+        runtime.agree_to_stop(runtime.find_device(args))
+        if distributed.is_main():
+            (folder / "finished").touch()
 
-    batches = iter(load_batches(args, data, rt, start, schedule.total))
-    for done in range(start, schedule.total + 1):  # `done` iterations lie behind
-        stopping = rt.stopping()
-        if done > start and (stopping or schedule.saves(done)):
-            checkpoint.save(last, done, args, networks, states, rt)
-        if stopping:
-            raise runtime.Stopped(rt.signal)
-        if schedule.evaluates(done):  # after saving: a run that dies here evaluates again when it is resumed
-            results, measured = score(networks, args, data, rt, final=done == schedule.total)
-            report.evaluation(done, next(iter(results.values())), networks, measured)
-        if done == schedule.total:
-            break
-        with checkpoint.saved_first(last, done, args, networks, states, rt):
-            batch = [rt.to_device(part) for part in next(batches)]
-        measured = train_step(callables, optimizer, batch, done, args, data, rt)
-        rt.check_finite(measured["loss"], done + 1, [name for part in batch for name in part["name"]])
-        report.iteration(done + 1, measured, scheduler.get_last_lr()[0])
-        scheduler.step()
-    report.finish(results, next(iter(networks.values())))
+
+def stage_list(data: DataSource, pseudo: list[Item]) -> list[Item]:
+    """The images of a stage: labelled ones, repeated, then the others in the data's order.
+
+    Without pseudo-labels a labelled list shorter than 200 stands twice; with them it is repeated
+    ceil(U / L) times, until both kinds are about as many.
+    """
+    if not pseudo:
+        return [*data.labelled] * (2 if len(data.labelled) < REPEAT_BELOW else 1)
+    made = {item.name: item for item in pseudo}
+    in_order = [made[item.name] for item in data.unlabelled if item.name in made]
+    return [*data.labelled] * math.ceil(len(pseudo) / len(data.labelled)) + in_order
+
+
+def train_network(args: argparse.Namespace, data: DataSource, items: list[Item]) -> None:
+    """The training of a stage on `items`, true and pseudo-labels from one shuffled list."""
+    run = Run(args, data, len(items))
+    network = run.place(DeepLabV3Plus.from_settings(args, data.num_classes))
+    optimizer = sgd([network], args)
+    run.keep(result="model", model=network, optimizer=optimizer)
+    trained = run.parallel(network)
+
+    strong = functools.partial(strong_augment, which=args.strong_aug) if args.stage > 1 else None
+    for iteration, (batch,) in run.iterations(run.batches(items, args.stage, strong)):
+        if run.evaluates():
+            run.report(evaluate({"model": network}, data.val, data, args), run.audit(network))
+        measured = train_step(trained, batch, args)
+        run.step(measured["loss"], optimizer)
+        if args.stage == 1:
+            keep_checkpoint(network, iteration + 1, run.schedule.total, args)
+        run.log(measured)
+    run.finish(evaluate({"model": network}, data.val, data, args), run.audit(network))
+
+
+def keep_checkpoint(network: nn.Module, done: int, total: int, args: argparse.Namespace) -> None:
+    """Step 1: write RUN/stage-1/checkpoint-J.pt where `done` iterations are ceil(J·T/3) of T."""
+    for j in range(1, CHECKPOINTS + 1):
+        if done == math.ceil(j * total / CHECKPOINTS) and distributed.is_main():
+            content = checkpoint.header(done, args, {"model": network}, "model")
+            checkpoint.write(content, Path(args.output_dir) / f"checkpoint-{j}.pt")
+
+
+def load_trained(path: Path, data: DataSource, args: argparse.Namespace) -> nn.Module:
+    """A network in eval mode, on the device, with the weights of a checkpoint."""
+    network = DeepLabV3Plus.from_settings(args, data.num_classes)
+    checkpoint.load_networks(checkpoint.read(path), {"model": network}, path)
+    return place(network, args, runtime.find_device(args)).eval()
+
+
+# ---------------------------------------------------------------------------------------- selection
+
+
+def select(data: DataSource, args: argparse.Namespace) -> list[Item]:
+    """Step 2: the half of the unlabelled images to label first; kept in RUN/reliability.csv."""
+    path = Path(args.run) / "reliability.csv"
+    done = path.is_file()
+    distributed.barrier()  # all processes have looked before the first one writes
+    if not done:
+        say(f"select the {args.selection} half of {len(data.unlabelled)} unlabelled images")
+        if args.selection == "random":
+            score_of = random_scores(data, args.seed)
+        else:
+            score_of = reliability_scores(data, args)
+        if distributed.is_main():
+            write_scores(score_of, path)
+        distributed.barrier()
+    reliable = read_reliable(path)
+    return [item for item in data.unlabelled if item.name in reliable]
+
+
+def random_scores(data: DataSource, seed: int) -> dict[str, float]:
+    """A random rank for every unlabelled image."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(data.unlabelled), generator=generator).tolist()
+    return {item.name: float(rank) for rank, item in zip(order, data.unlabelled)}
+
+
+@torch.no_grad()
+def reliability_scores(data: DataSource, args: argparse.Namespace) -> dict[str, float]:
+    """s_i of every unlabelled image, from the checkpoints of stage 1."""
+    folder = stage_folder(args, 1)
+    paths = [folder / f"checkpoint-{j}.pt" for j in range(1, CHECKPOINTS + 1)]
+    networks = [load_trained(path, data, args) for path in paths]
+    score_of = {}
+    with evaluating(networks):
+        for batch in equal_size_loader(data, data.unlabelled, args):
+            runtime.check_signal()
+            images = normalise(batch["image"].to(device_of(networks[0])))
+            predictions = [label_images(network, images, tta=False) for network in networks]
+            score_of.update(zip(batch["name"], reliability(predictions, data.num_classes).tolist()))
+        score_of = distributed.merge(score_of)
+        draw_reliability(score_of, networks[-1], data, args)
+    return score_of
+
+
+def halves(score_of: dict[str, float]) -> list[str]:
+    """Names by falling score; the first floor(U/2) are the reliable ones."""
+    return sorted(score_of, key=lambda name: (-score_of[name], name))
+
+
+def write_scores(score_of: dict[str, float], path: Path) -> None:
+    """Write reliability.csv, whole or not at all: name, score, and whether it is reliable."""
+    ranked = halves(score_of)
+    part = path.with_suffix(".part")
+    with open(part, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "score", "reliable"])
+        for rank, name in enumerate(ranked):
+            writer.writerow([name, f"{score_of[name]:.6f}", int(rank < len(ranked) // 2)])
+    part.replace(path)
+
+
+def read_reliable(path: Path) -> set[str]:
+    """Names of the reliable half in reliability.csv."""
+    with open(path, newline="") as file:
+        return {row["id"] for row in csv.DictReader(file) if row["reliable"] == "1"}
+
+
+def draw_reliability(
+    score_of: dict[str, float], network: nn.Module, data: DataSource, args: argparse.Namespace
+) -> None:
+    """Draw how good predictions are by their score, where there are true masks to measure with."""
+    if not distributed.is_main() or not data.audit:
+        return
+    ranked = halves(score_of)
+    reliable = set(ranked[: len(ranked) // 2])
+    points = []
+    for batch in equal_size_loader(data, data.audit, args, shared=False):
+        device = device_of(network)
+        prediction = label_images(network, normalise(batch["image"].to(device)), tta=False)
+        found = image_miou(batch["target"].to(device), prediction, data.num_classes).tolist()
+        points += [
+            (score_of[name], miou, name in reliable) for name, miou in zip(batch["name"], found)
+        ]
+    reliability_figure(points, Path(args.run) / "figures" / "reliability.png")
+
+
+# ---------------------------------------------------------------------------------------- labelling
+
+
+@torch.no_grad()
+def label(
+    stage: int, items: Sequence[Item], data: DataSource, args: argparse.Namespace
+) -> list[Item]:
+    """Steps 3 and 5: label images with the network of a stage; masks that are there already stay.
+
+    Returns:
+        The images with their pseudo-masks, to train on.
+    """
+    missing = [item for item in items if not mask_path(args, stage, item.name).is_file()]
+    distributed.barrier()  # all processes have looked before the first one writes
+    if missing:
+        say(f"label {len(missing)} images with the network of stage {stage}")
+        network = load_trained(stage_folder(args, stage) / f"{args.teacher}.pt", data, args)
+        with evaluating([network]):
+            write_masks(stage, network, missing, data, args)
+        distributed.barrier()
+    report_masks(stage, items, data, args)
+    runtime.agree_to_stop(runtime.find_device(args))
+    pseudo = [
+        Item(item.name, item.image, mask_path(args, stage, item.name), pseudo=True)
+        for item in items
+    ]
+    datasets.check_files(item.mask for item in pseudo)
+    return pseudo
+
+
+def write_masks(
+    stage: int, network: nn.Module, items: list[Item], data: DataSource, args: argparse.Namespace
+) -> None:
+    """Label this process's share of images, and write the masks on threads of their own."""
+    device = device_of(network)
+    with ThreadPoolExecutor(2) as pool:
+        pending = []
+        for batch in equal_size_loader(data, items, args):
+            runtime.check_signal()
+            labels = label_images(network, normalise(batch["image"].to(device)), args.tta).cpu()
+            for name, mask in zip(batch["name"], labels):
+                path = mask_path(args, stage, name)
+                pending.append(pool.submit(write_mask, path, mask, data.colours))
+            while len(pending) > 64:  # no more masks wait than this
+                pending.pop(0).result()
+        for future in pending:
+            future.result()
+
+
+def report_masks(
+    stage: int, items: Sequence[Item], data: DataSource, args: argparse.Namespace
+) -> None:
+    """Print how good the masks are, where true masks are at hand, and keep it in STAGE.json."""
+    path = Path(args.run) / "pseudo_masks" / f"{stage}.json"
+    names = {item.name for item in items}
+    known = [item for item in data.audit if item.name in names]
+    if not known or not distributed.is_main() or path.is_file():
+        return
+    matrix = torch.zeros(data.num_classes, data.num_classes, dtype=torch.int64)
+    for sample in equal_size_loader(data, known, args, pixels=1, shared=False):
+        made = read_mask(mask_path(args, stage, sample["name"][0]))
+        update(matrix, sample["target"][0], made)
+    result = scores(matrix)
+    quality = f"accuracy {100 * result.accuracy:.2f}, mIoU {100 * result.miou:.2f}"
+    print(
+        f"pseudo-masks of stage {stage}: {quality} on {len(known)} images with true masks",
+        flush=True,
+    )
+    found = {"images": len(known), "accuracy": result.accuracy, "miou": result.miou}
+    checkpoint.write(found, path)
 
 
 if __name__ == "__main__":
-    runtime.launch(run, parse_args())
+    runtime.launch(main, parse_args())

@@ -1,31 +1,64 @@
-"""U2PL: Using Unreliable Pseudo-Labels (Wang, Wang, Shen, Fei, Li, Jin, Wu, Zhao, Le; CVPR 2022, arXiv:2203.03884).
+"""U2PL: Using Unreliable Pseudo-Labels.
 
-Pixels whose pseudo-label is too uncertain to learn from still say which classes they are not: they become negatives of those
-classes, in memory banks that a contrastive loss draws from. The teacher is a moving average of the student.
+Wang, Wang, Shen, Fei, Li, Jin, Wu, Zhao, Le; CVPR 2022, arXiv:2203.03884. Pixels whose pseudo-label
+is too uncertain to learn from still say which classes they are not: they become negatives of those
+classes, in memory banks that a contrastive loss draws from. The teacher is a moving average of the
+student.
 
-1. The teacher labels the unlabelled pictures: ŷ_u. With chance 1/2 the batch is cut and mixed, pictures and labels alike.
-2. The student sees labelled and mixed pictures together:   L_s = CE(p_l, y)                                     [section 3.1]
+    x_u -+-> teacher -> ŷ_u
+         |               |
+         '---> CutMix <--'
+                 |
+    x_l ---------+--> student -+-> p_l ------- y --------------------> L_s --+
+                 |             +-> p_u ------- ŷ_u, where H < γ -----> L_u --+--> L -> SGD step
+                 |             '-> features -- anchors a ------+-----> L_c --'
+                 |                                             |
+                 '--> teacher -+-> features -+- positives a+ --+
+                               |             '- memory bank ---'  negatives a-
+                               '-> p' -> H, γ, O(c): which pixels take part
+
+    after each step:  teacher <- m·teacher + (1-m)·student
+
+1. The teacher labels the unlabelled images x_u: ŷ_u = argmax p'. With chance 1/2 the batch is cut
+   and mixed, images and labels alike.
+2. The student sees labelled and mixed images together:                             [section 3.1]
+       L_s = CE(p_l, y)
        (cityscapes: on the hard pixels, plus 0.4 times the same loss of an auxiliary head)
-3. The teacher sees the same pictures; H is the entropy of its probabilities. Of the unlabelled pixels, the α_e percent with the
-   highest H are unreliable, H >= γ; α_e = α_0·(1 - iteration/total) (dynamic partition adjustment, DPA):
-       L_u = (pixels / reliable pixels) · mean over reliable pixels of CE(p_u, ŷ_u)                            [section 3.2]
-4. At the head's resolution, for each class c in the batch; O(c) is c's rank in the teacher's probabilities p':  [section 3.3]
-       anchors a:    student's features where the label is c and p'(c) > δ_p, of labelled pixels and of unlabelled ones with
-                     H up to its α_e-th percentile (--anchors paper: with H < γ)
-       positive a+:  mean of the teacher's features over such pixels with label c, whatever p'(c) (paper: p'(c) > δ_p, too)
-       negatives a-: teacher's features of labelled pixels with y != c and O(c) < r_l, and of unreliable unlabelled pixels
-                     with r_l <= O(c) < r_h (probability rank threshold, PRT); they enter the bank of c, first in first out
-       L_c = mean over classes and anchors of -log( e^(a·a+/τ) / (e^(a·a+/τ) + sum of 50 e^(a·a-/τ)) ), cosine similarities
-5. L = L_s + L_u + λ_c·L_c;  SGD step;  teacher <- m·teacher + (1-m)·student,  m = min(1 - 1/t, 0.99) at t = 1, 2, ...
-   Before, in the warm-up, L = L_s and the teacher is a copy of the student. The teacher is the result.
+3. The teacher sees the same images; H is the entropy of its probabilities p'. Of the unlabelled
+   pixels, the α_e percent with the highest H are unreliable:                       [section 3.2]
+       α_e = α_0·(1 - iteration/total)      (dynamic partition adjustment, DPA)
+       γ = the (100 - α_e)-th percentile of H; a pixel is reliable where H < γ
+       L_u = (pixels / reliable pixels) · mean over reliable pixels of CE(p_u, ŷ_u)
+4. Each pixel of the head's resolution gets its roles for each class c. O(c) is the rank of c in p',
+   0 for the most probable class. Certain are labelled pixels, and unlabelled ones with H up to its
+   α_e-th percentile (--anchors paper: with H < γ).                                 [section 3.3]
+       positive of c:  certain pixels with label c, whatever p'(c) (paper: with p'(c) > δ_p, too)
+       anchors of c:   certain pixels with label c and p'(c) > δ_p
+       negatives of c: labelled pixels with y != c and O(c) < r_l; unreliable unlabelled pixels with
+                       r_l <= O(c) < r_h (probability rank threshold, PRT)
+5. The contrast, with cosine similarities a·a+ and a·a-:                            [section 3.3]
+       a+:   mean of the teacher's features over the positive pixels of c
+       bank: the teacher's features of the negatives of c enter, first in, first out
+       a:    the student's features of 256 anchors of c;  a-: 50 keys of the bank for each of them
+       L_c = mean over the classes in the batch and their anchors of
+             -log( e^(a·a+/τ) / (e^(a·a+/τ) + sum of 50 e^(a·a-/τ)) )
+6. L = L_s + L_u + λ_c·L_c
+7. SGD step for the student; then the teacher, with m = min(1 - 1/t, 0.99) at t = 1, 2, ...:
+       teacher <- m·teacher + (1-m)·student
 
-| symbol | variable | symbol | variable         | symbol   | variable                      | symbol | variable        |
-|--------|----------|--------|------------------|----------|-------------------------------|--------|-----------------|
-| y      | target_l | p, p'  | logits, logits_t | r_l, r_h | args.low_rank, args.high_rank | L_s    | loss_sup        |
-| ŷ_u    | label_u  | H, γ   | entropy, gamma   | a, a+    | anchors, positives            | L_u    | loss_unsup      |
-| α_e    | alpha    | δ_p, τ | SURE, TEMPERATURE | a-      | bank.keys                     | L_c    | loss_contrast   |
+Before, in the warm-up, L = L_s and the teacher is a copy of the student. The teacher is the result.
 
-Logged: `kept`, the share of unlabelled pixels in L_u; `anchors`, the share of all pixels that qualify; `fill` of the bank.
+| symbol   | variable           | symbol   | variable       | symbol | variable                |
+|----------|--------------------|----------|----------------|--------|-------------------------|
+| x_l, y   | images_l, target_l | H        | entropy        | L_s    | loss_sup                |
+| x_u, ŷ_u | images_u, label_u  | α_e, γ   | alpha, gamma   | L_u    | loss_unsup              |
+| p_l      | logits[:n]         | O(c)     | rank_l, rank_u | L_c    | loss_contrast           |
+| p_u      | logits[n:]         | r_l, r_h | ranks          | λ_c    | args.contrast_weight    |
+| p'       | logits_t           | δ_p      | SURE           | m      | decay                   |
+| a, a+    | anchors, positives | τ        | TEMPERATURE    | t      | iteration - warm_up + 1 |
+
+Logged: `kept`, the share of unlabelled pixels in L_u; `anchors`, the share of all pixels that may
+be anchors; `fill` of the bank.
 
 Differences from the paper and from the released code:
 1. Negatives. The release asks that the label of a negative of class c be c itself. Then a labelled
@@ -44,9 +77,9 @@ Differences from the paper and from the released code:
    have no anchors. (b) It writes the one-hot labels of all images of a process into those of the
    first; in the contrast the other images have no label. (c) In the first epoch after the warm-up
    it gives the teacher the student's parameters again before every iteration.
-5. Bank. It keeps 30 000 keys of every class (release: 50 000 of class 0), in float16, on the device,
-   and is saved, so that --resume is exact. Of the new keys of a class, step and process, a random
-   1024 enter, so that shapes are fixed (release: all of them).
+5. Bank. It keeps 30 000 keys of every class (release: 50 000 of class 0), in float16, on the
+   device, and is saved, so that --resume is exact. Of the new keys of a class, step and process, a
+   random 1024 enter, so that shapes are fixed (release: all of them).
 6. Processes. Percentiles, positives and the classes present are those of all processes; in the
    release each process has its own.
 7. Schedule. α_e falls with the iteration, in the release with the epoch. CutMix rounds boxes to
@@ -55,230 +88,494 @@ Differences from the paper and from the released code:
    student. In the release it is then a network of its own, which gets the student's parameters
    after the warm-up but keeps its own BatchNorm statistics.
 9. Network. It is this project's DeepLabv3+ (--backbone resnet101 is what U2PL's tables have). The
-   release's ResNet-101 has a stem of three 3x3 convolutions and dilations 4, 8, 16 in its last three
-   blocks. Its low-level features keep 256 channels (here 48), a 3x3 convolution projects ASPP (here
-   1x1), and there are five Dropout2d(0.1) (here one of 0.5): after that projection and after the two
-   3x3 convolutions of each head. The feature head reads 512 channels (here 304).
+   release's ResNet-101 has a stem of three 3x3 convolutions and dilations 4, 8, 16 in its last
+   three blocks. Its low-level features keep 256 channels (here 48), a 3x3 convolution projects ASPP
+   (here 1x1), and there are five Dropout2d(0.1) (here one of 0.5): after that projection and after
+   the two 3x3 convolutions of each head. The feature head reads 512 channels (here 304).
 10. Images. Padding counts nowhere. The release labels it class 0, in training and where it
    validates centre crops (VOC: of 513 pixels, larger than any image), and on unlabelled images it
    counts in L_u and in the percentiles. Images are antialiased when scaled down; the release's not.
 
-    python u2pl.py                                              # built-in data, a CPU, about 3 minutes
+    python u2pl.py                                       # built-in data, a CPU, about 3 minutes
     python u2pl.py --data voc --data-dir VOCdevkit --split u2pl-1/8 --amp bf16
 """
 
 import argparse
 import copy
-from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import InputError, checkpoint, cli, runtime
+from common import InputError, cli, runtime
 from common.augment import IGNORE, normalise
 from common.cutmix import mix, wide_box_masks
-from common.data import load_data, train_loader
-from common.datasets import DataSource
-from common.deeplabv3plus import DeepLabV3Plus, conv_bn_relu, initialise, parameter_groups
-from common.evaluate import Scores, validate
+from common.deeplabv3plus import DeepLabV3Plus, conv_bn_relu, initialise
+from common.distributed import add_up, collect, global_mean, world_size
+from common.evaluate import Scores, evaluate
 from common.figures import reliable_pixels_figure
 from common.losses import labelled_loss
-from common.report import Report
-from common.runtime import Runtime
+from common.run import Run, sgd
+from common.runtime import derive_seed
+from common.schedule import Schedule
 from kernels import cross_entropy, drop_unreliable, masked_percentile, memory_contrast, pseudo_label
 
-# voc, cityscapes: the released configurations; an epoch passes over the unlabelled pictures. shapes, camvid: as elsewhere.
-# contrast_weight: the release's 1, divided by its 4 and 8 processes (difference 3); folder as voc. Nothing is published for
-# shapes and camvid: 1 is our own choice.
-# fmt: off
-AS_CPS = {"batch_size": 8, "head_lr_mult": 1.0, "decay_norm": False, "scale": "0.5,0.75,1,1.5,1.75,2"}
-PRESETS = {
-    "shapes": {**AS_CPS, "max_iters": 1400, "lr": 0.1, "weight_decay": 1e-4, "crop_size": 64, "warmup_iters": 200},
-    "camvid": {**AS_CPS, "epochs": 300, "lr": 0.01, "weight_decay": 4e-4, "crop_size": 320},
-    "voc": {"epochs": 80, "lr": 0.001, "weight_decay": 1e-4, "crop_size": 513, "output_stride": 8, "warmup_epochs": 1,
-            "contrast_weight": 1 / 4},
-    "cityscapes": {"epochs": 200, "lr": 0.01, "weight_decay": 5e-4, "crop_size": 769, "output_stride": 8, "head_lr_mult": 1.0,
-                   "ohem": (0.7, 50_000), "aux_weight": 0.4, "contrast_weight": 1 / 8},
-    "folder": {"epochs": 80, "lr": 0.001, "weight_decay": 1e-4, "crop_size": 513, "warmup_epochs": 1,
-               "contrast_weight": 1 / 4},
+# The settings of each data set. voc and cityscapes are the released configurations,
+# experiments/{pascal/1464,cityscapes/744}/ours/config.yaml, where no other source is given; their
+# 4 and 8 processes are one here. Nothing is published for the others. An epoch passes over the
+# unlabelled images.
+SHAPES = {  # our choice: a small network, trained from scratch on a CPU
+    "backbone": "tiny",
+    "weights": "none",
+    "output_stride": 8,
+    "max_iters": 1400,
+    "warmup_epochs": 0,
+    "warmup_iters": 200,
+    "batch_size": 8,
+    "crop_size": 64,
+    "scale": "0.5,0.75,1,1.5,1.75,2",
+    "lr": 0.1,
+    "head_lr_mult": 1.0,
+    "weight_decay": 1e-4,
+    "decay_norm": False,
+    "ohem": None,
+    "aux_weight": 0.0,
+    "contrast_weight": 1.0,
+    "eval_window": 0,
+    "eval_iters": 200,
 }
-EVERYWHERE = {"batch_size": 16, "head_lr_mult": 10.0, "decay_norm": True, "scale": "half-or-double", "ohem": None,
-              "aux_weight": 0.0, "warmup_epochs": 0, "contrast_weight": 1.0}
-# fmt: on
-PRESETS = {name: {**EVERYWHERE, **preset} for name, preset in PRESETS.items()}
-MEASURES = ("loss_sup", "loss_unsup", "loss_contrast", "kept", "anchors", "fill")
-EVALUATIONS = ("student_miou", "pseudo_accuracy")
-ANCHORS, NEGATIVES, TEMPERATURE, SURE = 256, 50, 0.5, 0.3  # anchors a class, negatives an anchor, τ, δ_p
-CAPACITY, PUSHED = 30_000, 1024  # keys of a class in the bank; new ones a step, at most
+CAMVID = {  # our choice: network, schedule and augmentation of cps.py
+    "backbone": "resnet50",
+    "weights": "imagenet",
+    "output_stride": 16,
+    "epochs": 300,
+    "warmup_epochs": 0,
+    "batch_size": 8,
+    "crop_size": 320,
+    "scale": "0.5,0.75,1,1.5,1.75,2",
+    "lr": 0.01,
+    "head_lr_mult": 1.0,
+    "weight_decay": 4e-4,
+    "decay_norm": False,
+    "ohem": None,
+    "aux_weight": 0.0,
+    "contrast_weight": 1.0,
+    "eval_window": 0,
+    "eval_interval": 10,
+}
+VOC = {
+    "backbone": "resnet50",  # as the other methods here; released: ResNet-101 (difference 9)
+    "weights": "imagenet",
+    "output_stride": 8,  # replace_stride_with_dilation: layer3 and layer4
+    "epochs": 80,
+    "warmup_epochs": 1,  # train_semi.py: sup_only_epoch, where the configuration has none
+    "batch_size": 16,  # 4 on each of 4 GPUs
+    "crop_size": 513,
+    "scale": "half-or-double",  # rand_resize: U(0.5,1) or U(1,2)
+    "lr": 0.001,
+    "head_lr_mult": 10.0,  # train_semi.py, where the data are VOC's
+    "weight_decay": 1e-4,
+    "decay_norm": True,
+    "ohem": None,
+    "aux_weight": 0.0,  # no auxiliary head
+    "contrast_weight": 1 / 4,  # 1, divided by the processes (difference 3)
+    "eval_window": 0,  # whole images; released: centre crops (difference 10)
+    "eval_interval": 1,
+}
+CITYSCAPES = VOC | {
+    "epochs": 200,
+    "warmup_epochs": 0,
+    "batch_size": 16,  # 2 on each of 8 GPUs
+    "crop_size": 769,
+    "lr": 0.01,
+    "head_lr_mult": 1.0,
+    "weight_decay": 5e-4,
+    "ohem": (0.7, 50_000),  # min_kept 100 000 for the 2 images of a process
+    "aux_weight": 0.4,
+    "contrast_weight": 1 / 8,  # 1, divided by the processes (difference 3)
+    "eval_window": "crop",  # as the release's eval.py --crop
+    "eval_interval": 8,  # our choice; released: 1
+}
+FOLDER = VOC | {"output_stride": 16}  # our choice
+PRESETS = {
+    "shapes": SHAPES,
+    "camvid": CAMVID,
+    "voc": VOC,
+    "cityscapes": CITYSCAPES,
+    "folder": FOLDER,
+}
+
+# Of the contrast, section contrastive of both configurations.
+ANCHORS = 256  # anchors a class: num_queries
+NEGATIVES = 50  # negatives an anchor: num_negatives
+TEMPERATURE = 0.5  # τ
+SURE = 0.3  # δ_p: current_class_threshold
+# Of the memory bank (difference 5).
+CAPACITY = 30_000  # keys of a class
+PUSHED = 1024  # new keys of a class, step and process, at most: our choice
+
+LATER_MEASURES = ("loss_unsup", "loss_contrast", "kept", "anchors", "fill")  # after the warm-up
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The settings of a run: the shared flags and those of U2PL."""
     parser = cli.parser(__doc__, PRESETS)
-    add = parser.add_argument_group("U2PL").add_argument
-    weights = "default: voc and folder 0.25, cityscapes 0.125, else 1; the paper: 0.1"
-    add("--contrast-weight", type=float, metavar="λ", help=f"of the contrastive loss ({weights})")
-    add("--no-contrast", dest="contrast", action="store_false", help="leave the contrastive loss out (Table 6)")
-    anchors = "unlabelled anchors: the lowest H, or in the paper all with H < γ (default: released)"
-    add("--anchors", choices=["released", "paper"], default="released", help=anchors)
-    kinds = ["unreliable", "reliable", "all"]
-    add("--negatives", choices=kinds, default=kinds[0], help="unlabelled pixels to take (Table 4; default: unreliable)")
-    add("--negatives-as-released", action="store_true", help="only pixels with pseudo-label c are negatives of class c")
-    add("--low-rank", type=int, default=3, metavar="R", help="labelled negatives rank below this, unlabelled from here ...")
-    add("--high-rank", type=int, default=20, metavar="R", help="... to below this (Table 5; default: 3, 20)")
-    add("--no-prt", dest="prt", action="store_false", help="... or whatever the rank (Table 6)")
-    add("--alpha0", type=float, default=20.0, metavar="PERCENT", help="of pixels unreliable at first (Table 7; default: 20)")
-    add("--no-dpa", dest="dpa", action="store_false", help="keep that percentage throughout (Table 6)")
-    add("--cutmix-prob", type=float, default=0.5, metavar="P", help="chance of CutMix (default: 0.5)")
-    add("--ema-decay", type=float, default=0.99, metavar="M", help="of the teacher's average, at most (default: 0.99)")
-    add("--warmup-iters", type=int, metavar="N", help="labelled pictures alone (default: an epoch; shapes 200; city, camvid 0)")
+    add_flags(parser)
     args = cli.finish(parser, PRESETS, "u2pl", argv)
-    if not 0 <= args.low_rank < args.high_rank or (args.negatives_as_released and not args.prt):
-        parser.error("--low-rank must be at least 0 and below --high-rank; --negatives-as-released needs ranks, no --no-prt")
-    if not (0 <= args.ema_decay < 1 and 0 <= args.cutmix_prob <= 1 and 0 < args.alpha0 < 50):
-        parser.error("--ema-decay lies in [0,1), --cutmix-prob in [0,1], --alpha0 between 0 and 50")
-    if not (0 <= (args.warmup_iters or 0) < (args.max_iters or 10**9) and args.contrast_weight >= 0):
-        parser.error(f"--warmup-iters {args.warmup_iters}: from 0 to below --max-iters; --contrast-weight: not negative")
+    check(args, parser)
     return args
 
 
-def phases(args: argparse.Namespace, data: DataSource, rt: Runtime) -> tuple[int, int]:
-    """Iterations of the warm-up, and of the whole run."""
-    schedule = cli.Schedule(args, len(data.unlabelled), rt.world)
-    return args.warmup_epochs * schedule.per_epoch if args.warmup_iters is None else args.warmup_iters, schedule.total
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of U2PL; the tables that their help names are the paper's."""
+    group = parser.add_argument_group("U2PL")
+    add_contrast_flags(group)
+    group.add_argument(
+        "--alpha0",
+        type=float,
+        default=20.0,
+        metavar="PERCENT",
+        help="of pixels unreliable at first (Table 7; default: 20)",
+    )
+    group.add_argument(
+        "--no-dpa",
+        dest="dpa",
+        action="store_false",
+        help="keep that percentage throughout (Table 6)",
+    )
+    group.add_argument(
+        "--cutmix-prob",
+        type=float,
+        default=0.5,
+        metavar="P",
+        help="chance of CutMix (default: 0.5)",
+    )
+    group.add_argument(
+        "--ema-decay",
+        type=float,
+        default=0.99,
+        metavar="M",
+        help="of the teacher's average, at most (default: 0.99)",
+    )
+    group.add_argument(
+        "--warmup-iters",
+        type=int,
+        metavar="N",
+        help="labelled images alone (default: an epoch; shapes 200; city, camvid 0)",
+    )
+
+
+def add_contrast_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags of the contrastive loss."""
+    group.add_argument(
+        "--contrast-weight",
+        type=float,
+        metavar="λ",
+        help="of the contrastive loss "
+        "(default: voc and folder 0.25, cityscapes 0.125, else 1; the paper: 0.1)",
+    )
+    group.add_argument(
+        "--no-contrast",
+        dest="contrast",
+        action="store_false",
+        help="leave the contrastive loss out (Table 6)",
+    )
+    group.add_argument(
+        "--anchors",
+        choices=["released", "paper"],
+        default="released",
+        help="unlabelled anchors: the lowest H, or in the paper all with H < γ (default: released)",
+    )
+    group.add_argument(
+        "--negatives",
+        choices=["unreliable", "reliable", "all"],
+        default="unreliable",
+        help="unlabelled pixels to take (Table 4; default: unreliable)",
+    )
+    group.add_argument(
+        "--negatives-as-released",
+        action="store_true",
+        help="only pixels with pseudo-label c are negatives of class c",
+    )
+    group.add_argument(
+        "--low-rank",
+        type=int,
+        default=3,
+        metavar="R",
+        help="labelled negatives rank below this, unlabelled from here ...",
+    )
+    group.add_argument(
+        "--high-rank",
+        type=int,
+        default=20,
+        metavar="R",
+        help="... to below this (Table 5; default: 3, 20)",
+    )
+    group.add_argument(
+        "--no-prt",
+        dest="prt",
+        action="store_false",
+        help="... or whatever the rank (Table 6)",
+    )
+
+
+def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse values that cannot work; argparse prints one line and exits with 2."""
+    if not 0 <= args.low_rank < args.high_rank:
+        parser.error("--low-rank must be at least 0 and below --high-rank")
+    if args.negatives_as_released and not args.prt:
+        parser.error("--negatives-as-released needs ranks, no --no-prt")
+    if not (0 <= args.ema_decay < 1 and 0 <= args.cutmix_prob <= 1):
+        parser.error("--ema-decay lies in [0,1), --cutmix-prob in [0,1]")
+    if not 0 < args.alpha0 < 50:
+        parser.error(f"--alpha0 {args.alpha0}: between 0 and 50")
+    if not 0 <= (args.warmup_iters or 0) < (args.max_iters or 10**9):
+        parser.error(f"--warmup-iters {args.warmup_iters}: from 0 to below --max-iters")
+    if args.contrast_weight < 0:
+        parser.error(f"--contrast-weight {args.contrast_weight}: not negative")
 
 
 class Network(DeepLabV3Plus):
-    """DeepLabv3+ with a second head, which gives features, and on cityscapes an auxiliary one on `layer3`.
+    """DeepLabv3+ with a second head, which gives features, and on cityscapes an auxiliary one.
 
-    Images (N,3,H,W) -> logits (N,C,h,w); with `return_features` also features (N,D,h,w) and auxiliary logits, or None.
+    The auxiliary head reads `layer3`, as in the released code.
     """
 
     def __init__(self, args: argparse.Namespace, num_classes: int):
         super().__init__(args.backbone, num_classes, args.weights, args.output_stride, args.dropout)
-        width, fused, mid = self.feature_channels, self.decoder[0][0].in_channels, self.backbone.mid_channels
+        width, fused = self.feature_channels, self.decoder[0][0].in_channels
         self.representation = self.auxiliary = None
         if args.contrast:
-            convs = conv_bn_relu(fused, width, 3), conv_bn_relu(width, width, 3), nn.Conv2d(width, width, 1)
-            self.representation = nn.Sequential(*convs).apply(initialise)
+            self.representation = nn.Sequential(
+                conv_bn_relu(fused, width, 3),
+                conv_bn_relu(width, width, 3),
+                nn.Conv2d(width, width, 1),
+            ).apply(initialise)
         if args.aux_weight:
-            convs = conv_bn_relu(mid, width, 3), nn.Dropout2d(args.dropout), nn.Conv2d(width, num_classes, 1)
-            self.auxiliary = nn.Sequential(*convs).apply(initialise)
+            self.auxiliary = nn.Sequential(
+                conv_bn_relu(self.backbone.mid_channels, width, 3),
+                nn.Dropout2d(args.dropout),
+                nn.Conv2d(width, num_classes, 1),
+            ).apply(initialise)
 
-    def forward(self, images: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor | None, Tensor | None]:
-        low, mid, high = self.backbone(images)
-        fused = self.fuse(low, high)
-        logits = self.classifier(self.decoder(fused))
-        if not return_features:
-            return logits
-        return logits, self.representation and self.representation(fused), self.auxiliary and self.auxiliary(mid)
+    def forward(
+        self, images: Tensor, return_features: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor | None, Tensor | None]:
+        """Logits (N,C,h,w) of images (N,3,H,W).
+
+        With `return_features` features (N,D,h,w) and auxiliary logits follow; None where the
+        network has no such head.
+        """
+        with self.precision(images):
+            low, mid, high = self.backbone(images)
+            fused = self.fuse(low, high)
+            logits = self.classifier(self.decoder(fused))
+            if not return_features:
+                return logits
+            features = self.representation(fused) if self.representation else None
+            return logits, features, self.auxiliary(mid) if self.auxiliary else None
 
 
-class MemoryBank(nn.Module):
-    """A ring of unit-length keys for each class: keys (classes,capacity,D) float16; filled, head (classes,) int64, how many
-    there are and where the next one goes. On the device, and saved with the networks. A run prints the `notes` when it begins.
+class MemoryBank:
+    """A ring of unit-length keys for each class, on the device and in checkpoints.
+
+    Attributes:
+        keys: (C,capacity,D) float16.
+        filled: (C,) int64, how many keys a class has.
+        head: (C,) int64, where its next one goes.
     """
 
-    def __init__(self, classes: int, capacity: int, channels: int):
-        super().__init__()
-        self.register_buffer("keys", torch.zeros(classes, capacity, channels, dtype=torch.float16))
-        self.register_buffer("filled", torch.zeros(classes, dtype=torch.int64))
-        self.register_buffer("head", torch.zeros(classes, dtype=torch.int64))
-        size = f"{classes} classes x {capacity} keys of {channels}, {self.keys.dtype}: {self.keys.nbytes / 1e6:.0f} MB"
-        self.notes = [f"memory bank: {size}"]
+    def __init__(self, classes: int, capacity: int, channels: int, device: torch.device):
+        self.keys = torch.zeros(classes, capacity, channels, dtype=torch.float16, device=device)
+        self.filled = torch.zeros(classes, dtype=torch.int64, device=device)
+        self.head = torch.zeros(classes, dtype=torch.int64, device=device)
 
-    def push(self, keys: Tensor, counts: Tensor, rt: Runtime) -> None:
-        """Append the first `counts` (classes,) of `keys` (classes,Q,D) of each process; a full ring drops its oldest."""
+    def __str__(self) -> str:
+        """Its sizes, for the log."""
+        classes, capacity, channels = self.keys.shape
+        return (
+            f"memory bank: {classes} classes x {capacity} keys of {channels}, "
+            f"{self.keys.dtype}: {self.keys.nbytes / 1e6:.0f} MB"
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of it."""
+        return {"keys": self.keys, "filled": self.filled, "head": self.head}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what a checkpoint has kept."""
+        for name, value in self.state_dict().items():
+            value.copy_(state[name])
+
+    def push(self, keys: Tensor, counts: Tensor) -> None:
+        """Append new keys of every process; a full ring drops its oldest.
+
+        Args:
+            keys: (C,Q,D), this process's.
+            counts: (C,), how many of them, from the first on, are new.
+        """
         capacity = self.keys.shape[1]
-        classes, offset = torch.arange(len(keys), device=keys.device)[:, None], torch.arange(keys.shape[1], device=keys.device)
-        for new, count in zip(rt.collect(keys.to(self.keys.dtype)), rt.collect(counts)):
-            at = (self.head[:, None] + offset) % capacity  # (classes,Q)
+        classes = torch.arange(len(keys), device=keys.device)[:, None]
+        offset = torch.arange(keys.shape[1], device=keys.device)
+
+        # One process after the other, in the same order everywhere: all banks stay equal.
+        for new, count in zip(collect(keys.to(self.keys.dtype)), collect(counts)):
+            at = (self.head[:, None] + offset) % capacity  # the places after the newest keys, (C,Q)
+            is_new = (offset < count[:, None])[..., None]
             old = self.keys[classes, at]  # written back where nothing is new: the shapes stay fixed
-            self.keys[classes, at] = torch.where((offset < count[:, None])[..., None], new, old)
+            self.keys[classes, at] = torch.where(is_new, new, old)
+
             self.head.copy_((self.head + count) % capacity)
             self.filled.copy_((self.filled + count).clamp_max(capacity))
 
     def draw(self, anchors: int, negatives: int) -> Tensor:
-        """Rows of `keys` for each class and anchor, with repetition: (classes,anchors,negatives) int32; 0 where none is."""
+        """Rows of `keys` for each class and anchor, with repetition; 0 where there is none.
+
+        Returns:
+            (C,anchors,negatives) int32.
+        """
         return random_below(self.filled, anchors * negatives).view(-1, anchors, negatives).int()
 
 
-def build_networks(args: argparse.Namespace, data: DataSource, rt: Runtime) -> dict[str, nn.Module]:
-    """The teacher, which is the result and starts as a copy, the student, and the memory bank."""
-    warm_up, total = phases(args, data, rt)
-    if warm_up >= total:
-        raise InputError(f"nothing of {total} iterations is left after a warm-up of {warm_up}; lower --warmup-iters")
-    student = rt.place(Network(args, data.num_classes))
-    networks = {"teacher": copy.deepcopy(student).requires_grad_(False).eval(), "student": student}
-    student.notes = [f"warm-up: {warm_up} iterations on labelled pictures alone"]
-    if args.contrast:
-        bank = networks["bank"] = rt.place(MemoryBank(data.num_classes, CAPACITY, student.feature_channels))
-        if data.num_classes <= args.low_rank and args.prt:
-            bank.notes.append(f"no class of {data.num_classes} has rank {args.low_rank}: unlabelled pictures give no negatives")
-    return networks
-
-
-def load_batches(args: argparse.Namespace, data: DataSource, rt: Runtime, start: int, stop: int) -> Iterator[tuple[dict, ...]]:
-    """The batches of iterations `start` to `stop`: labelled, unlabelled."""
-    lists = (data.labelled, data.unlabelled)
-    return zip(*(train_loader(data, items, stream, args, rt, start, stop) for stream, items in enumerate(lists)))
-
-
-# ---------------------------------------------------------------------------------------------------------- the method
+# ----------------------------------------------------------------------------------- the method
 
 
 @torch.no_grad()
-def label_and_mix(teacher: nn.Module, batch: dict, step: int, args: argparse.Namespace, rt: Runtime) -> tuple[Tensor, Tensor]:
-    """Step 1: pictures (N,3,H,W) and the teacher's labels (N,H,W) uint8, 255 on padding; cut and mixed, or not."""
+def label_and_mix(
+    teacher: nn.Module, batch: dict, iteration: int, args: argparse.Namespace
+) -> tuple[Tensor, Tensor]:
+    """Step 1: images and the teacher's labels, cut and mixed or not.
+
+    Args:
+        teacher: the teacher; it predicts in eval mode.
+        batch: unlabelled images.
+        iteration: iterations done; with `seed` it decides about CutMix.
+        args: `seed` and `cutmix_prob`.
+
+    Returns:
+        Images (N,3,H,W), and labels (N,H,W) uint8, 255 on padding.
+    """
     images = normalise(batch["image"], batch["valid_mask"])
     size = images.shape[2:]
-    label = pseudo_label(teacher.eval()(images), size, impl=args.kernels).label.masked_fill(~batch["valid_mask"], IGNORE)
-    if runtime.derive_seed(args.seed, step, 0xC1) < args.cutmix_prob * 2**63:
-        mask = wide_box_masks(len(images), size[0], rt, args.seed, step)  # filled from the next picture of the batch
-        images, label = (mix(mask, torch.cat([x[1:], x[:1]]), x) for x in (images, label))
+
+    # ŷ_u = argmax p'
+    label = pseudo_label(teacher.eval()(images), size).label
+    label = label.masked_fill(~batch["valid_mask"], IGNORE)
+
+    # With chance `cutmix_prob` a box of each image comes from the next one of the batch.
+    if derive_seed(args.seed, iteration, 0xC1) < args.cutmix_prob * 2**63:
+        mask = wide_box_masks(len(images), size[0], args.seed, iteration, images.device)
+        images = mix(mask, next_in_batch(images), images)
+        label = mix(mask, next_in_batch(label), label)
     return images, label
 
 
+def next_in_batch(values: Tensor) -> Tensor:
+    """Each image's successor in the batch; for the last image, the first one."""
+    return torch.cat([values[1:], values[:1]])
+
+
 def use_batch_statistics(network: nn.Module) -> nn.Module:
-    """Step 3: BatchNorm in train mode, dropout as it was."""
+    """Step 3: put BatchNorm in train mode, in place, and leave dropout as it is."""
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.train()
     return network
 
 
-def entropy_percentiles(entropy: Tensor, label: Tensor, alpha: float, rt: Runtime, impl: str) -> Tensor:
-    """Step 3: the α-th and (100-α)-th percentile (2,) of H over the valid pixels of all processes; NaN if there is none."""
-    everywhere = torch.cat(rt.collect(entropy.masked_fill(label == IGNORE, -1.0)))
-    return masked_percentile(everywhere, everywhere > -0.5, [alpha, 100 - alpha], impl=impl)
+def supervised_loss(
+    logits: Tensor,
+    auxiliary: Tensor | None,
+    target: Tensor,
+    ohem: tuple[float, int] | None,
+    aux_weight: float,
+) -> Tensor:
+    """Step 2: L_s = CE(p_l, y), plus `aux_weight` times that of the auxiliary head.
+
+    Args:
+        logits, auxiliary: (N,C,h,w) of the labelled images.
+        target: (N,H,W).
+        ohem: see `common.losses.labelled_loss`.
+        aux_weight: weight of the auxiliary head's loss.
+    """
+    # CE(p_l, y)
+    loss = labelled_loss(logits, target, ohem)
+    if auxiliary is not None:
+        loss = loss + aux_weight * labelled_loss(auxiliary, target, ohem)
+    return loss
 
 
-def unsup_loss(logits: Tensor, label: Tensor, entropy: Tensor, gamma: Tensor, rt: Runtime, impl: str) -> tuple[Tensor, Tensor]:
-    """Step 3: L_u and the reliable share of the valid pixels; logits (N,C,h,w), label (N,H,W), entropy (N,H,W) and γ ()."""
-    reliable, count = drop_unreliable(label, entropy, gamma, ignore_index=IGNORE, impl=impl)
-    kept = rt.add_up(count) / rt.add_up((label != IGNORE).sum()).clamp_min(1)
-    mean = rt.mean(cross_entropy(logits, reliable, ignore_index=IGNORE, reduction="sum", impl=impl), count)
-    return mean / kept.clamp_min(1e-6), kept
+def entropy_percentiles(entropy: Tensor, label: Tensor, alpha: float) -> Tensor:
+    """Step 3: the α-th and (100-α)-th percentile of H over the valid pixels of all processes.
+
+    Args:
+        entropy: (N,H,W), nats.
+        label: (N,H,W), 255 where a pixel does not count.
+        alpha: percent.
+
+    Returns:
+        (2,) float32; NaN if no pixel counts.
+    """
+    # H of all processes' pixels; -1 marks the pixels that do not count.
+    everywhere = torch.cat(collect(entropy.masked_fill(label == IGNORE, -1.0)))
+    return masked_percentile(everywhere, everywhere > -0.5, [alpha, 100 - alpha])
+
+
+def unsup_loss(
+    logits: Tensor, label: Tensor, entropy: Tensor, gamma: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Step 3: L_u = (pixels / reliable pixels) · mean over reliable pixels of CE(p_u, ŷ_u).
+
+    Args:
+        logits: (N,C,h,w) of the student.
+        label: (N,H,W) of the teacher, 255 where a pixel does not count.
+        entropy: (N,H,W) of the teacher; pixels with H < γ are reliable.
+        gamma: γ, a scalar.
+
+    Returns:
+        L_u, and the reliable share of the valid pixels; two scalars.
+    """
+    # Labels where H < γ, 255 elsewhere, and how many there are.
+    reliable, count = drop_unreliable(label, entropy, gamma, ignore_index=IGNORE)
+
+    # kept = reliable pixels / pixels
+    kept = add_up(count) / add_up((label != IGNORE).sum()).clamp_min(1)
+
+    # L_u = mean of CE(p_u, ŷ_u) / kept
+    total = cross_entropy(logits, reliable, ignore_index=IGNORE, reduction="sum")
+    return global_mean(total, count) / kept.clamp_min(1e-6), kept
 
 
 def nearest(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Maps (N,H,W) at a lower resolution, (N,h,w), by nearest neighbour."""
-    rows, columns = (torch.arange(few, device=maps.device) * many // few for few, many in zip(size, maps.shape[1:]))
+    (h, w), (full_h, full_w) = size, maps.shape[1:]
+    rows = torch.arange(h, device=maps.device) * full_h // h
+    columns = torch.arange(w, device=maps.device) * full_w // w
     return maps[:, rows[:, None], columns]
 
 
 def pixel_roles(
-    logits_t: Tensor, target_l: Tensor, label_u: Tensor, entropy: Tensor, percentiles: Tensor, args: argparse.Namespace
+    logits_t: Tensor,
+    target_l: Tensor,
+    label_u: Tensor,
+    entropy: Tensor,
+    percentiles: Tensor,
+    *,
+    anchors: str = "released",
+    negatives: str = "unreliable",
+    negatives_as_released: bool = False,
+    ranks: tuple[int, int] | None = (3, 20),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Step 4: what each of the P = 2N·h·w pixels (image, row, column) is to each class c.
+    """Step 4: say what each of the P = 2N·h·w pixels (image, row, column) is to each class c.
 
     Args:
         logits_t: (2N,C,h,w) of the teacher, labelled images first.
         target_l, label_u, entropy: (N,H,W) labels; pseudo-labels and H of the unlabelled images.
         percentiles: (2,) of `entropy_percentiles`.
-        args: `anchors`, `negatives`, `negatives_as_released`, `prt`, `low_rank`, `high_rank`.
+        anchors: "released" or "paper", see `--anchors`.
+        negatives: "unreliable", "reliable" or "all", see `--negatives`.
+        negatives_as_released: see `--negatives-as-released`.
+        ranks: (r_l, r_h); None without the probability rank threshold.
 
     Returns:
         (C,P) bool each: is part of the positive of c; may be an anchor of c; is a negative of c.
@@ -290,209 +587,292 @@ def pixel_roles(
     valid_l, valid_u = (label != IGNORE).split(n)
     entropy = nearest(entropy, size)  # (N,h,w), of the unlabelled images
 
-    # A_c: label c and p'(c) > δ_p; labelled, or unlabelled and certain
-    certain_u = entropy < gamma if args.anchors == "paper" else entropy <= low
+    # certain: labelled, or unlabelled and H <= its α_e-th percentile (paper: H < γ)
+    certain_u = entropy < gamma if anchors == "paper" else entropy <= low
     certain = torch.cat([valid_l, valid_u & certain_u])[:, None]
+
+    # positive: [label is c]·[certain];  anchor: [p'(c) > δ_p], too
     positive = is_label & certain
     anchor = positive & (logits_t.float().softmax(1) > SURE)
-    if args.anchors == "paper":  # the positive is the mean over A_c
+    if anchors == "paper":  # the positive is the mean over the anchors
         positive = anchor
 
-    # N_c: labelled [y != c]·[O(c) < r_l], unlabelled [H >= γ]·[r_l <= O(c) < r_h]
+    # negative: labelled [y != c]·[O(c) < r_l], unlabelled [H >= γ]·[r_l <= O(c) < r_h]
     unlikely_l, unlikely_u = (~is_label).split(n)
-    if args.prt:
+    if ranks:
+        lowest, highest = ranks
         rank_l, rank_u = logits_t.argsort(1, descending=True).argsort(1).split(n)  # O(c)
-        unlikely_l = unlikely_l & (rank_l < args.low_rank)
-        unlikely_u = (args.low_rank <= rank_u) & (rank_u < args.high_rank)
+        unlikely_l = unlikely_l & (rank_l < lowest)
+        unlikely_u = (lowest <= rank_u) & (rank_u < highest)
     kinds_u = {"unreliable": entropy >= gamma, "reliable": entropy < gamma, "all": valid_u}
-    source_l, source_u = valid_l[:, None], (valid_u & kinds_u[args.negatives])[:, None]
+    source_l, source_u = valid_l[:, None], (valid_u & kinds_u[negatives])[:, None]
     negative = torch.cat([unlikely_l & source_l, unlikely_u & source_u])
-    if args.negatives_as_released:
+    if negatives_as_released:
         negative = negative & is_label  # of labelled pixels with y != c none is left
+
     return tuple(role.transpose(0, 1).flatten(1) for role in (positive, anchor, negative))
 
 
+def role_flags(args: argparse.Namespace) -> dict:
+    """What the flags ask of `pixel_roles`."""
+    return {
+        "anchors": args.anchors,
+        "negatives": args.negatives,
+        "negatives_as_released": args.negatives_as_released,
+        "ranks": (args.low_rank, args.high_rank) if args.prt else None,
+    }
+
+
 def random_below(limits: Tensor, count: int) -> Tensor:
-    """`count` whole numbers from 0 to below each of `limits` (C,), (C,count) int64; 0 where the limit is 0."""
+    """`count` whole numbers from 0 to below each of `limits` (C,); 0 where the limit is 0.
+
+    Returns:
+        (C,count) int64.
+    """
     draws = (torch.rand(len(limits), count, device=limits.device) * limits[:, None]).long()
-    return torch.minimum(draws, limits[:, None] - 1).clamp_min(0)  # float32 may round up to the limit
+    highest = limits[:, None] - 1  # float32 may round up to the limit
+    return torch.minimum(draws, highest).clamp_min(0)
 
 
 def choose(candidates: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`count` pixels of each class with repetition, (C,count) int64, from candidates (C,P) bool; how many these are, (C,)."""
-    running = candidates.cumsum(1, dtype=torch.int32)
-    wanted = random_below(running[:, -1], count).int() + 1  # the wanted-th candidate of the row
-    return torch.searchsorted(running, wanted).clamp_max(candidates.shape[1] - 1), running[:, -1]
+    """Draw `count` pixels of each class, with repetition.
+
+    Args:
+        candidates: (C,P) bool.
+        count: how many.
+
+    Returns:
+        Pixels (C,count) int64, and how many candidates there are, (C,).
+    """
+    running = candidates.cumsum(1, dtype=torch.int32)  # candidates up to each pixel of the row
+    available = running[:, -1]
+    wanted = random_below(available, count).int() + 1  # the wanted-th candidate of the row
+    return torch.searchsorted(running, wanted).clamp_max(candidates.shape[1] - 1), available
 
 
 def choose_once(candidates: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Up to `most` pixels of each class without repetition, (C,Q) int64, of which the first (C,) count."""
-    chances = torch.rand(candidates.shape, device=candidates.device).masked_fill_(~candidates, -1.0)
+    """Draw up to `most` pixels of each class, without repetition.
+
+    Args:
+        candidates: (C,P) bool.
+        most: how many at most.
+
+    Returns:
+        Pixels (C,Q) int64, and how many of them, from the first on, are candidates, (C,).
+    """
+    # The candidates with the highest random numbers; all others have -1.
+    chances = torch.rand(candidates.shape, device=candidates.device)
+    chances = chances.masked_fill_(~candidates, -1.0)
     values, indices = chances.topk(min(most, candidates.shape[1]), dim=1)
     return indices, (values >= 0).sum(1)
 
 
 def contrast_loss(
-    features: Tensor, features_t: Tensor, roles: tuple[Tensor, Tensor, Tensor], bank: MemoryBank, rt: Runtime, impl: str
+    features: Tensor,
+    features_t: Tensor,
+    roles: tuple[Tensor, Tensor, Tensor],
+    bank: MemoryBank,
 ) -> tuple[Tensor, Tensor]:
-    """Step 4: L_c and the share of pixels that may be anchors, two scalars; features (2N,D,h,w), roles of `pixel_roles`.
+    """Step 5: L_c of all classes at once, present or not, so that shapes are fixed.
 
-    All classes at once, present or not, so that shapes are fixed: absent ones weigh nothing. The bank takes before it gives.
+    Absent classes weigh nothing. The bank takes new keys before it gives.
+
+    Args:
+        features: (2N,D,h,w) of the student.
+        features_t: (2N,D,h,w) of the teacher.
+        roles: of `pixel_roles`.
+        bank: the memory bank.
+
+    Returns:
+        L_c, and the share of pixels that may be anchors; two scalars.
     """
-    members, candidates, negatives = roles
-    vectors, vectors_t = (x.permute(0, 2, 3, 1).flatten(0, 2) for x in (features, features_t))  # (P,D)
-    counts = rt.add_up(members.sum(1))  # (C,)
-    weights = (members / counts.clamp_min(1)[:, None]).to(vectors_t.dtype)
-    positives = rt.add_up((weights @ vectors_t).float())  # (C,D)
+    positive, anchor, negative = roles  # (C,P) each
+    vectors = features.permute(0, 2, 3, 1).flatten(0, 2)  # (P,D)
+    vectors_t = features_t.permute(0, 2, 3, 1).flatten(0, 2)
 
-    pushed, valid = choose_once(negatives, min(PUSHED, bank.keys.shape[1]))
-    bank.push(F.normalize(vectors_t[pushed].float(), dim=2), valid, rt)
-    chosen, available = choose(candidates, ANCHORS)
-    anchors = vectors.index_select(0, chosen.flatten()).view(*chosen.shape, -1)  # (C,ANCHORS,D)
-    rows, classes = bank.draw(ANCHORS, NEGATIVES), torch.arange(len(chosen), dtype=torch.int32, device=chosen.device)
-    loss = memory_contrast(anchors, positives, bank.keys, rows, classes, temperature=TEMPERATURE, impl=impl)  # (C,ANCHORS)
+    # a+ = mean of the teacher's features over the positive pixels of c, of all processes
+    counts = add_up(positive.sum(1))  # (C,)
+    weights = (positive / counts.clamp_min(1)[:, None]).to(vectors_t.dtype)
+    positives = add_up((weights @ vectors_t).float())  # (C,D)
 
+    # bank: the teacher's features of the negatives enter, as vectors of length 1.
+    pushed, valid = choose_once(negative, min(PUSHED, bank.keys.shape[1]))
+    bank.push(F.normalize(vectors_t[pushed].float(), dim=2), valid)
+
+    # a: the student's features of 256 anchors;  a-: 50 keys of the bank for each
+    chosen, available = choose(anchor, ANCHORS)
+    anchors = vectors.index_select(0, chosen.flatten()).view(*chosen.shape, -1)  # (C,256,D)
+    rows = bank.draw(ANCHORS, NEGATIVES)  # (C,256,50)
+
+    # -log( e^(a·a+/τ) / (e^(a·a+/τ) + sum of 50 e^(a·a-/τ)) ) of each anchor
+    classes = torch.arange(len(chosen), dtype=torch.int32, device=chosen.device)
+    loss = memory_contrast(
+        anchors, positives, bank.keys, rows, classes, temperature=TEMPERATURE
+    )  # (C,256)
+
+    # Mean over the anchors, and over the processes that have anchors and keys of the class.
     usable = ((available > 0) & (bank.filled > 0)).float()
-    mean = loss.mean(1) * usable * rt.world / rt.add_up(usable).clamp_min(1)  # over the processes with anchors of the class
+    mean = loss.mean(1) * usable * world_size() / add_up(usable).clamp_min(1)  # (C,)
+
+    # L_c = mean over the classes present; one class alone has no contrast.
     present = (counts > 0).sum()
-    return mean.sum() / present.clamp_min(1) * (present > 1), available.sum() / candidates.shape[1]
-
-
-def supervised_loss(logits: Tensor, auxiliary: Tensor | None, target: Tensor, args: argparse.Namespace, rt: Runtime) -> Tensor:
-    """Step 2: L_s of the first pictures' logits (2N,C,h,w), target (N,H,W), and of the auxiliary head's."""
-    n = len(target)
-    loss = labelled_loss(logits[:n], target, args.ohem, rt, args.kernels)
-    if auxiliary is not None:
-        loss = loss + args.aux_weight * labelled_loss(auxiliary[:n], target, args.ohem, rt, args.kernels)
-    return loss
-
-
-def warm_up_step(networks: dict, optimizer: torch.optim.Optimizer, batch: dict, args: argparse.Namespace, rt: Runtime) -> dict:
-    """An iteration of the warm-up: L_s alone; the teacher stays a copy of the student."""
-    with rt.autocast():
-        logits, features, auxiliary = networks["student"](normalise(batch["image"], batch["valid_mask"]), return_features=True)
-    loss = supervised_loss(logits, auxiliary, batch["target"], args, rt)
-    rt.step(loss if features is None else loss + 0 * features.float().mean(), optimizer)  # DDP: a gradient for all parameters
-    networks["teacher"].load_state_dict(runtime.unwrap(networks["student"]).state_dict())
-    return {"loss": loss, "loss_sup": loss, **dict.fromkeys(MEASURES[1:], torch.zeros_like(loss))}
+    loss_contrast = mean.sum() / present.clamp_min(1) * (present > 1)
+    return loss_contrast, available.sum() / anchor.shape[1]
 
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, decay: float) -> None:
-    """Step 5: teacher <- decay·teacher + (1-decay)·student, parameters only."""
+    """Step 7: teacher <- m·teacher + (1-m)·student, for the parameters only; `decay` is m."""
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - decay)
 
 
+def warm_up_step(student: nn.Module, batch_l: dict, args: argparse.Namespace) -> dict[str, Tensor]:
+    """An iteration of the warm-up: L = L_s, on the labelled images alone."""
+    images_l, target_l = normalise(batch_l["image"], batch_l["valid_mask"]), batch_l["target"]
+    logits, features, auxiliary = student(images_l, return_features=True)
+
+    # L_s = CE(p_l, y)
+    loss_sup = supervised_loss(logits, auxiliary, target_l, args.ohem, args.aux_weight)
+    loss = loss_sup
+    if features is not None:
+        loss = loss + 0 * features.float().mean()  # DDP wants a gradient for every parameter
+    nothing = torch.zeros_like(loss_sup)
+    return {"loss": loss, "loss_sup": loss_sup, **dict.fromkeys(LATER_MEASURES, nothing)}
+
+
 def train_step(
-    networks: dict[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    batches: list[dict],
+    student: nn.Module,
+    teacher: nn.Module,
+    bank: MemoryBank | None,
+    batch_l: dict,
+    batch_u: dict,
     iteration: int,
+    total: int,
     args: argparse.Namespace,
-    data: DataSource,
-    rt: Runtime,
 ) -> dict[str, Tensor]:
-    """One iteration; returns what to log, scalars on the device."""
-    student, teacher, bank = (networks.get(name) for name in ("student", "teacher", "bank"))
-    batch_l, batch_u = batches
-    warm_up, total = phases(args, data, rt)
-    if iteration < warm_up:
-        return warm_up_step(networks, optimizer, batch_l, args, rt)
-    images_l, target_l = normalise(batch_l["image"], batch_l["valid_mask"]), batch_l["target"]  # (N,3,H,W), (N,H,W)
+    """Steps 1 to 6: the losses of one iteration after the warm-up, scalars on the device.
+
+    Args:
+        student, teacher: the networks.
+        bank: the memory bank; None without the contrast.
+        batch_l, batch_u: labelled and unlabelled images.
+        iteration: iterations done, those of the warm-up included.
+        total: iterations of the run.
+        args: the flags of U2PL, `ohem`, `aux_weight` and `seed`.
+    """
+    images_l, target_l = normalise(batch_l["image"], batch_l["valid_mask"]), batch_l["target"]
     n, size = len(target_l), target_l.shape[1:]
 
-    with rt.autocast():
-        # 1. Labels of the unlabelled pictures; CutMix.
-        images_u, label_u = label_and_mix(teacher, batch_u, iteration, args, rt)
-        # 2. The student on all pictures together.
-        images = torch.cat([images_l, images_u])
-        logits, features, auxiliary = student(images, return_features=True)
-        # 3. The teacher on the same.
-        with torch.no_grad():
-            logits_t, features_t, _ = use_batch_statistics(teacher)(images, return_features=True)
-    loss_sup = supervised_loss(logits, auxiliary, target_l, args, rt)
-    # α_e = α_0·(1 - iteration/total), percent
-    alpha = args.alpha0 * (1 - iteration / total) if args.dpa else args.alpha0
-    # H(p') = -sum over c of p'(c)·log p'(c), nats, of every unlabelled pixel
-    entropy = pseudo_label(logits_t[n:], size, with_entropy=True, impl=args.kernels).entropy
-    # the α_e-th percentile of H, and γ, its (100-α_e)-th
-    percentiles = entropy_percentiles(entropy, label_u, alpha, rt, args.kernels)
-    # L_u, on the pixels with H < γ
-    loss_unsup, kept = unsup_loss(logits[n:], label_u, entropy, percentiles[1], rt, args.kernels)
+    # 1. Labels ŷ_u of the unlabelled images; CutMix.
+    images_u, label_u = label_and_mix(teacher, batch_u, iteration, args)
 
-    # 4. Contrast.
-    loss_contrast = anchors = fill = torch.zeros_like(kept)
+    # 2. The student on all images together; L_s = CE(p_l, y)
+    images = torch.cat([images_l, images_u])
+    logits, features, auxiliary = student(images, return_features=True)
+    auxiliary_l = None if auxiliary is None else auxiliary[:n]
+    loss_sup = supervised_loss(logits[:n], auxiliary_l, target_l, args.ohem, args.aux_weight)
+
+    # 3. The teacher on the same; H = -sum over c of p'(c)·log p'(c), nats, of unlabelled pixels
+    with torch.no_grad():
+        logits_t, features_t, _ = use_batch_statistics(teacher)(images, return_features=True)
+    entropy = pseudo_label(logits_t[n:], size, with_entropy=True).entropy
+
+    # α_e = α_0·(1 - iteration/total), percent;  γ = the (100 - α_e)-th percentile of H
+    alpha = args.alpha0 * (1 - iteration / total) if args.dpa else args.alpha0
+    percentiles = entropy_percentiles(entropy, label_u, alpha)
+    gamma = percentiles[1]
+
+    # L_u = (pixels / reliable pixels) · mean over pixels with H < γ of CE(p_u, ŷ_u)
+    loss_unsup, kept = unsup_loss(logits[n:], label_u, entropy, gamma)
+
+    # 4. Positives, anchors and negatives.  5. L_c
+    loss_contrast = share = fill = torch.zeros_like(kept)
     if bank is not None:
-        roles = pixel_roles(logits_t, target_l, label_u, entropy, percentiles, args)
-        loss_contrast, anchors = contrast_loss(features, features_t, roles, bank, rt, args.kernels)
+        roles = pixel_roles(logits_t, target_l, label_u, entropy, percentiles, **role_flags(args))
+        loss_contrast, share = contrast_loss(features, features_t, roles, bank)
         fill = bank.filled.float().mean() / bank.keys.shape[1]
 
-    # 5. Gradient and step of the student; then the average.
+    # 6. L = L_s + L_u + λ_c·L_c
     loss = loss_sup + loss_unsup + args.contrast_weight * loss_contrast
-    rt.step(loss, optimizer)
-    # m = min(1 - 1/t, 0.99), t = 1 in the first iteration after the warm-up
-    t = iteration - warm_up + 1
-    ema_update(teacher, student, min(1 - 1 / t, args.ema_decay))
-    return {"loss": loss, **dict(zip(MEASURES, (loss_sup, loss_unsup, loss_contrast, kept, anchors, fill)))}
+    later = (loss_unsup, loss_contrast, kept, share, fill)
+    return {"loss": loss, "loss_sup": loss_sup, **dict(zip(LATER_MEASURES, later, strict=True))}
 
 
-def score(
-    networks: dict[str, nn.Module], args: argparse.Namespace, data: DataSource, rt: Runtime, final: bool
+def warm_up_length(args: argparse.Namespace, schedule: Schedule) -> int:
+    """Iterations of the warm-up.
+
+    Raises:
+        InputError: none of the run's are left after it.
+    """
+    length = args.warmup_iters
+    if length is None:
+        length = args.warmup_epochs * schedule.per_epoch
+    if length >= schedule.total and not args.eval_only:
+        raise InputError(
+            f"nothing of {schedule.total} iterations is left after a warm-up of {length}; "
+            "lower --warmup-iters"
+        )
+    return length
+
+
+def validate(
+    run: Run, teacher: nn.Module, student: nn.Module, bank: MemoryBank | None
 ) -> tuple[dict[str, Scores], dict[str, float]]:
-    """Evaluate the teacher, which is the result, and the student; the accuracy of the teacher's pseudo-labels; the figure."""
-    results, measured = validate({name: networks[name] for name in ("teacher", "student")}, data, args, rt, audit=True)
-    if rt.is_main:
-        fill = networks["bank"].filled / networks["bank"].keys.shape[1] if args.contrast else None
-        reliable_pixels_figure(networks["teacher"], fill, SURE, data, args, rt)
-    return results, {"student_miou": results["student"].miou, **measured}
+    """Scores of both networks, and what else is measured; draws reliable_pixels.png."""
+    data, args = run.data, run.args
+    scores = evaluate({"teacher": teacher, "student": student}, data.val, data, args)
+    fill = bank.filled / CAPACITY if bank else None
+    reliable_pixels_figure(teacher, fill, SURE, data, args)
+    return scores, {"student_miou": scores["student"].miou, **run.audit(teacher)}
 
 
 def main(args: argparse.Namespace) -> None:
-    """Data -> networks -> optimiser -> resume -> loop -> evaluate -> save. These lines are the same in every script."""
-    rt = runtime.start(args)
-    data = load_data(args, rt)
-    schedule = cli.Schedule(args, len(data.unlabelled) or len(data.labelled), rt.world)
-    report = Report(args, data, rt, schedule, MEASURES, EVALUATIONS)
+    """Train a student and its average, the teacher, with a memory bank; evaluate both networks."""
+    run = Run(args)
+    data, total = run.data, run.schedule.total
+    warm_up = warm_up_length(args, run.schedule)
+    student = run.place(Network(args, data.num_classes))
+    teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    bank = None
+    if args.contrast:
+        bank = MemoryBank(data.num_classes, CAPACITY, student.feature_channels, run.device)
+    optimizer = sgd([student], args)
+    kept = {"bank": bank} if bank else {}
+    run.keep(result="teacher", teacher=teacher, student=student, optimizer=optimizer, **kept)
+    trained = run.parallel(student)
+    announce(run, bank, warm_up)
 
-    networks = build_networks(args, data, rt)
-    trained = [network for network in networks.values() if any(parameter.requires_grad for parameter in network.parameters())]
-    groups = [
-        group
-        for network in trained
-        for group in parameter_groups(network, args.lr, args.head_lr_mult, args.weight_decay, args.decay_norm)
-    ]
-    optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
-    callables = {name: rt.wrap(network) if network in trained else network for name, network in networks.items()}
+    labelled = run.batches(data.labelled, stream=0)
+    unlabelled = run.batches(data.unlabelled, stream=1)
+    for iteration, (batch_l, batch_u) in run.iterations(labelled, unlabelled):
+        if run.evaluates():
+            run.report(*validate(run, teacher, student, bank))
+        if iteration < warm_up:
+            measured = warm_up_step(trained, batch_l, args)
+            run.step(measured["loss"], optimizer)
+            teacher.load_state_dict(student.state_dict())
+        else:
+            measured = train_step(trained, teacher, bank, batch_l, batch_u, iteration, total, args)
+            # 7. SGD;  m = min(1 - 1/t, 0.99), t = 1 in the first iteration after the warm-up
+            run.step(measured["loss"], optimizer)
+            t = iteration - warm_up + 1
+            decay = min(1 - 1 / t, args.ema_decay)
+            ema_update(teacher, student, decay)
+        run.log(measured)
+    run.finish(*validate(run, teacher, student, bank))
 
-    states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": rt.scaler, "report": report}
-    last = Path(args.output_dir) / "last.pt"
-    start = checkpoint.resume(last if args.resume else None, args, networks, states, rt)
-    report.begin(start, networks)
-    if args.eval_only:
-        results, _ = score(networks, args, data, rt, final=True)
-        report.finish(results, next(iter(networks.values())))
-        return
 
-    batches = iter(load_batches(args, data, rt, start, schedule.total))
-    for done in range(start, schedule.total + 1):  # `done` iterations lie behind
-        stopping = rt.stopping()
-        if done > start and (stopping or schedule.saves(done)):
-            checkpoint.save(last, done, args, networks, states, rt)
-        if stopping:
-            raise runtime.Stopped(rt.signal)
-        if schedule.evaluates(done):  # after saving: a run that dies here evaluates again when it is resumed
-            results, measured = score(networks, args, data, rt, final=done == schedule.total)
-            report.evaluation(done, next(iter(results.values())), networks, measured)
-        if done == schedule.total:
-            break
-        with checkpoint.saved_first(last, done, args, networks, states, rt):
-            batch = [rt.to_device(part) for part in next(batches)]
-        measured = train_step(callables, optimizer, batch, done, args, data, rt)
-        rt.check_finite(measured["loss"], done + 1, [name for part in batch for name in part["name"]])
-        report.iteration(done + 1, measured, scheduler.get_last_lr()[0])
-        scheduler.step()
-    report.finish(results, next(iter(networks.values())))
+def announce(run: Run, bank: MemoryBank | None, warm_up: int) -> None:
+    """Say what the method's own settings come to."""
+    args, classes = run.args, run.data.num_classes
+    run.say(f"warm-up: {warm_up} iterations on labelled images alone")
+    if bank is not None:
+        run.say(str(bank))
+        if classes <= args.low_rank and args.prt:
+            run.say(
+                f"no class of {classes} has rank {args.low_rank}: "
+                "unlabelled images give no negatives"
+            )
 
 
 if __name__ == "__main__":

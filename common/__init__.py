@@ -1,5 +1,8 @@
-"""What the method scripts share: data, network, evaluation and the plumbing of a run. No paper's contribution lives here."""
+"""What the method scripts share: data, network, evaluation and the plumbing of a run.
+
+No paper's contribution lives here. README.md is the map.
+"""
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used. Scripts print its message, one line, and exit with code 2."""
+    """Something the user gave cannot be used; scripts print its message and exit with code 2."""

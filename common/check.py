@@ -14,11 +14,10 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from common import InputError
+from common import InputError, distributed
 from common.augment import IGNORE
 from common.datasets import DataSource, Item, some
 from common.images import LabelTable, open_image, open_mask
-from common.runtime import Runtime
 
 THREADS = 8  # files waited for at once: a network disk is slow to answer; 1000 take 0.1 s of a core
 BAR_FROM = 10_000  # files that take seconds: then a bar says how far it is
@@ -27,7 +26,7 @@ MASKS = 128  # of each set that are decoded: 0.4 ms each at VOC's size, 13 ms at
 Size = tuple[int, int]  # width, height
 
 
-def files(data: DataSource, rt: Runtime) -> dict[Path, Size]:
+def files(data: DataSource) -> dict[Path, Size]:
     """Read the header and the end of every image and mask; each process reads its share.
 
     Returns:
@@ -37,12 +36,9 @@ def files(data: DataSource, rt: Runtime) -> dict[Path, Size]:
         InputError: files that cannot be read, masks that have not their image's size; five are
             named, the rest counted.
     """
-    items = {
-        item.image: item for item in (*data.unlabelled, *data.labelled, *data.val, *data.audit)
-    }
-    return _all_or_error(
-        _size, [item for item in items.values() if isinstance(item.image, Path)], rt
-    )
+    everything = (*data.unlabelled, *data.labelled, *data.val, *data.audit)
+    items = {item.image: item for item in everything if isinstance(item.image, Path)}
+    return _all_or_error(_size, list(items.values()))
 
 
 def _size(item: Item) -> Size:
@@ -58,7 +54,7 @@ def _size(item: Item) -> Size:
     return size
 
 
-def masks(data: DataSource, rt: Runtime) -> None:
+def masks(data: DataSource) -> None:
     """Decode up to 128 masks of the labelled set, and as many for validation, spread evenly.
 
     The others are looked up as they are loaded, crop by crop.
@@ -69,21 +65,16 @@ def masks(data: DataSource, rt: Runtime) -> None:
     """
     table = LabelTable(data.label_map, data.num_classes)
     for part, items in (("labelled", data.labelled), ("validation", data.val)):
-        chosen = [
-            item
-            for item in items[:: max(1, len(items) // MASKS)][:MASKS]
-            if isinstance(item.mask, Path)
-        ]
-        found = _all_or_error(lambda item: _content(item, table), chosen, rt)
-        if (
-            found
-            and not any(labels for labels, _ in found.values())
-            and any(ignored for _, ignored in found.values())
-        ):
-            example = next(item.mask for item in chosen if found[item.image][1])
+        step = max(1, len(items) // MASKS)
+        chosen = [item for item in items[::step][:MASKS] if isinstance(item.mask, Path)]
+        found = _all_or_error(lambda item: _content(item, table), chosen)
+        if any(labels for labels, _ in found.values()):
+            continue
+        ignored = [item.mask for item in chosen if found[item.image][1]]
+        if ignored:
             raise InputError(
                 f"{data.name}: the masks of the {part} images hold only 0 and 255, "
-                f"such as {example}; labels are 0 to "
+                f"such as {ignored[0]}; labels are 0 to "
                 f"{data.num_classes - 1} and 255 means ignored: convert the objects' pixels to 1"
             )
 
@@ -95,9 +86,7 @@ def _content(item: Item, table: LabelTable) -> tuple[bool, bool]:
     return bool(((labels != 0) & ~ignored).any()), bool(ignored.any())
 
 
-def _all_or_error(
-    work: Callable[[Item], object], items: list[Item], rt: Runtime
-) -> dict[Path, object]:
+def _all_or_error(work: Callable[[Item], object], items: list[Item]) -> dict[Path, object]:
     """`work` of each item by its image, in threads and shared among the processes.
 
     Raises:
@@ -110,11 +99,11 @@ def _all_or_error(
         except InputError as error:
             return item.image, error
 
-    mine = items[rt.rank :: rt.world]
-    hidden = len(items) < BAR_FROM or not rt.is_main or not sys.stderr.isatty()
+    mine = items[distributed.rank() :: distributed.world_size()]
+    hidden = len(items) < BAR_FROM or not distributed.is_main() or not sys.stderr.isatty()
     with ThreadPoolExecutor(THREADS) as pool:
         bar = tqdm(pool.map(attempt, mine), "check files", len(mine), leave=False, disable=hidden)
-        found = rt.gather(dict(bar))
+        found = distributed.merge(dict(bar))
     errors = [str(result) for result in found.values() if isinstance(result, InputError)]
     if len(errors) > 1:
         raise InputError(f"{len(errors)} images or masks cannot be used: {some(errors, '; ')}")
@@ -133,24 +122,23 @@ class Set(NamedTuple):
     images: dict[str, Path]
 
 
-def note_shared_images(data: DataSource, rt: Runtime) -> None:
+def note_shared_images(data: DataSource) -> None:
     """Print a line for each two of the sets that share images, by content or by name.
 
-    Contents are compared where users put together the sets themselves, in `folder` and `camvid`.
+    Contents are compared where the sets are not those of published lists.
     """
-    if not rt.is_main:
+    if not distributed.is_main():
         return
-    sets = [
-        Set(title, {item.name: item.image for item in items if isinstance(item.image, Path)})
-        for title, items in (
-            ("labelled", data.labelled),
-            ("unlabelled", data.unlabelled),
-            ("validation", data.val),
-        )
-    ]
-    contents = same_contents(sets) if data.name in ("folder", "camvid") else {}
-    for first, second in ((0, 2), (1, 2), (0, 1)):
-        note = shared(sets[first], sets[second], contents)
+
+    def of(title: str, items: Iterable[Item]) -> Set:
+        return Set(title, {item.name: item.image for item in items if isinstance(item.image, Path)})
+
+    labelled = of("labelled", data.labelled)
+    unlabelled = of("unlabelled", data.unlabelled)
+    val = of("validation", data.val)
+    contents = {} if data.published else same_contents((labelled, unlabelled, val))
+    for one, other in ((labelled, val), (unlabelled, val), (labelled, unlabelled)):
+        note = shared(one, other, contents)
         if note:
             print(f"note: {note}", file=sys.stderr)
 

@@ -1,7 +1,13 @@
-"""Flags that all method scripts share, their validation, and the run's schedule.
+"""Flags that all method scripts share, their defaults, and their validation.
 
-A flag that is not given takes the method's preset for the data set (`PRESETS` in the script), then the data set's own default
-(`DATA_DEFAULTS`). With `--resume`, flags that are not given come from the run's `args.json`.
+A flag that is not given takes the value of the method's preset for the data set. Each script lists
+its presets in full (`PRESETS`): data set -> setting -> value. With `--resume`, flags that are not
+given come from the run's `args.json`. Three entries of a preset have forms of their own:
+
+    epochs or max_iters             the length; epochs may be a dict by split, and max_iters is then
+                                    the length for every other split
+    eval_interval or eval_iters     epochs or iterations between evaluations
+    eval_window                     pixels, 0 for whole images, or "crop": as large as the crop
 """
 
 import argparse
@@ -16,67 +22,28 @@ import torch
 
 from common import InputError, checkpoint
 from common.augment import scale_rule
+from common.datasets import DATASETS
 from common.deeplabv3plus import BACKBONES
 from kernels.interpolation import use_triton
 
-# What is decided by the data set and not by a paper. eval_window: 0 evaluates whole pictures, crop slides a window
-# of the crop's size.
-DATA_DEFAULTS = {
-    "shapes": {
-        "split": "1/8",
-        "backbone": "tiny",
-        "weights": "none",
-        "output_stride": 8,
-        "eval_window": 0,
-        "eval_iters": 200,
-        "workers": 0,
-    },
-    "camvid": {
-        "split": "1/8",
-        "backbone": "resnet50",
-        "weights": "imagenet",
-        "output_stride": 16,
-        "eval_window": 0,
-        "eval_interval": 10,
-    },
-    "voc": {
-        "split": "1/8",
-        "backbone": "resnet50",
-        "weights": "imagenet",
-        "output_stride": 16,
-        "eval_window": 0,
-        "eval_interval": 1,
-    },
-    "cityscapes": {
-        "split": "1/8",
-        "backbone": "resnet50",
-        "weights": "imagenet",
-        "output_stride": 16,
-        "eval_window": "crop",
-        "eval_interval": 8,
-    },
-    "folder": {
-        "split": "all",
-        "backbone": "resnet50",
-        "weights": "imagenet",
-        "output_stride": 16,
-        "eval_window": 0,
-        "eval_interval": 1,
-    },
-}
 # Settings that may differ when a run is resumed; all others decide its result.
 FREE_ON_RESUME = {
-    "resume", "output_dir", "device", "workers", "debug", "eval_only", "log_interval", "save_interval", "kernels",
-    "data_dir", "download",
+    "resume", "output_dir", "device", "workers", "debug", "eval_only", "log_interval",
+    "save_interval", "kernels", "data_dir", "download",
 }  # fmt: skip
 
 
 def listed(defaults: dict[str, dict]) -> str:
-    """Settings by data set, for the help."""
+    """Settings by data set, for the help; None is left out."""
     lines = []
     for data, values in defaults.items():
         text = ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
-        lines.append(textwrap.fill(f"{data}: {text}", 120, initial_indent="  ", subsequent_indent="    "))
+        text = f"{data}: {text}"
+        lines.append(
+            textwrap.fill(
+                text, 100, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
+            )
+        )
     return "\n".join(lines)
 
 
@@ -89,12 +56,16 @@ def positive(text: str) -> int:
 
 
 def parser(doc: str, presets: dict[str, dict]) -> argparse.ArgumentParser:
-    """The shared flags; a script gives its docstring and presets, adds its own flags and calls `finish`.
+    """The shared flags; a script adds its own and calls `finish`.
 
-    The docstring's first paragraph and its last, the commands, frame the help; the algorithm between them is for the source.
+    Args:
+        doc: the script's docstring. Its first paragraph and its last, the commands, frame the help;
+            the algorithm between them is for the source.
+        presets: see the top of this file.
     """
     description, *_, commands = doc.strip("\n").split("\n\n")
-    defaults = {data: {**DATA_DEFAULTS[data], **preset} for data, preset in presets.items()}
+    splits = {data: {"split": DATASETS[data].split} for data in presets}
+    defaults = {data: {**splits[data], **preset} for data, preset in presets.items()}
     top = argparse.ArgumentParser(
         description=description,
         epilog=f"defaults of the data sets:\n{listed(defaults)}\n\nexamples:\n{commands}",
@@ -102,68 +73,172 @@ def parser(doc: str, presets: dict[str, dict]) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
 
+    add_data_flags(top, presets)
+    add_network_flags(top)
+    add_schedule_flags(top)
+    add_run_flags(top)
+    add_machine_flags(top)
+    return top
+
+
+def add_data_flags(top: argparse.ArgumentParser, presets: dict[str, dict]) -> None:
+    """What to train on, and how it is split."""
     group = top.add_argument_group("data")
-    group.add_argument("--data", choices=presets, default="shapes", help="data set (default: shapes, the built-in one)")
+    group.add_argument(
+        "--data",
+        choices=presets,
+        default="shapes",
+        help="data set (default: shapes, the built-in one)",
+    )
     group.add_argument("--data-dir", metavar="DIR", help="its folder (default: data/NAME)")
-    group.add_argument("--download", action="store_true", help="fetch voc (with SBD) or camvid into --data-dir first")
+    group.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch voc (with SBD) or camvid into --data-dir first",
+    )
     either = group.add_mutually_exclusive_group()
     either.add_argument(
         "--split",
-        help="labelled share: 1/8, a published list (183, u2pl-1/8), all, or a .txt (default: 1/8; folder: all)",
+        help="labelled share: 1/8, a published list (183, u2pl-1/8), all, or a .txt "
+        "(default: 1/8; folder: all)",
     )
     either.add_argument(
-        "--labelled-list", "--labeled-list", metavar="TXT", help="your own list of labelled picture ids, a line each"
+        "--labelled-list",
+        "--labeled-list",
+        metavar="TXT",
+        help="your own list of labelled image ids, a line each",
     )
-    group.add_argument("--extra", choices=["coarse"], help="cityscapes: add unlabelled pictures of leftImg8bit/train_extra")
-    group.add_argument("--extra-count", type=positive, default=3000, metavar="N", help="how many (default: 3000)")
+    group.add_argument(
+        "--extra",
+        choices=["coarse"],
+        help="cityscapes: add unlabelled images of leftImg8bit/train_extra",
+    )
+    group.add_argument(
+        "--extra-count", type=positive, default=3000, metavar="N", help="how many (default: 3000)"
+    )
     group.add_argument(
         "--measure-pseudo-labels",
         action="store_true",
-        help="open masks of unlabelled pictures, to measure pseudo-labels only (shapes: always)",
+        help="open masks of unlabelled images, to measure pseudo-labels only (shapes: always)",
     )
 
+
+def add_network_flags(top: argparse.ArgumentParser) -> None:
+    """The network."""
     group = top.add_argument_group("network")
     group.add_argument("--backbone", choices=BACKBONES, help="default: resnet50; shapes: tiny")
-    group.add_argument("--weights", metavar="imagenet|none|PATH", help="of the backbone (default: imagenet; shapes: none)")
-    group.add_argument("--output-stride", type=int, choices=[8, 16, 32], help="of the deepest features (default: the preset's)")
-    group.add_argument("--dropout", type=float, default=0.5, help="Dropout2d after ASPP (default: 0.5)")
-
-    group = top.add_argument_group("schedule (defaults: the method's preset for the data set)")
-    group.add_argument("--epochs", type=positive, help="passes over the unlabelled pictures (stpp.py: over each stage's)")
-    group.add_argument("--max-iters", type=positive, metavar="N", help="iterations of each training; wins over --epochs")
     group.add_argument(
-        "-b", "--batch-size", type=positive, metavar="N", help="labelled pictures a process, and as many unlabelled beside them"
+        "--weights",
+        metavar="imagenet|none|PATH",
+        help="of the backbone (default: imagenet; shapes: none)",
     )
-    group.add_argument("--lr", type=float, help="learning rate of the backbone, for the global batch")
+    group.add_argument(
+        "--output-stride",
+        type=int,
+        choices=[8, 16, 32],
+        help="of the deepest features (default: the preset's)",
+    )
+    group.add_argument(
+        "--dropout", type=float, default=0.5, help="Dropout2d after ASPP (default: 0.5)"
+    )
+
+
+def add_schedule_flags(top: argparse.ArgumentParser) -> None:
+    """Length, batch, and optimisation."""
+    group = top.add_argument_group("schedule (defaults: the method's preset for the data set)")
+    group.add_argument(
+        "--epochs",
+        type=positive,
+        help="passes over the unlabelled images (stpp.py: over each stage's)",
+    )
+    group.add_argument(
+        "--max-iters",
+        type=positive,
+        metavar="N",
+        help="iterations of each training; wins over --epochs",
+    )
+    group.add_argument(
+        "-b",
+        "--batch-size",
+        type=positive,
+        metavar="N",
+        help="labelled images a process, and as many unlabelled beside them",
+    )
+    group.add_argument(
+        "--lr", type=float, help="learning rate of the backbone, for the global batch"
+    )
     group.add_argument("--head-lr-mult", type=float, metavar="X", help="the head's multiple of it")
     group.add_argument("--weight-decay", type=float, metavar="X", help="L2 coefficient")
     group.add_argument("--crop-size", type=positive, metavar="PX", help="side of the training crop")
-    group.add_argument("--scale", metavar="RULE", help="random scale: factors (0.5,1,2), long:200-800, or half-or-double")
+    group.add_argument(
+        "--scale",
+        metavar="RULE",
+        help="random scale: factors (0.5,1,2), long:200-800, or half-or-double",
+    )
 
+
+def add_run_flags(top: argparse.ArgumentParser) -> None:
+    """Where a run is kept, and what it tells."""
     group = top.add_argument_group("run")
-    group.add_argument("--output-dir", metavar="DIR", help="run folder (default: runs/METHOD-DATA-SPLIT-seedN)")
     group.add_argument(
-        "--resume", nargs="?", const="", metavar="RUN", help="go on with a run (default: the run these flags name)"
-    )
-    group.add_argument("--eval-only", action="store_true", help="evaluate the run's last checkpoint and write its figures")
-    group.add_argument("--eval-interval", type=positive, metavar="EPOCHS", help="epochs between evaluations")
-    group.add_argument(
-        "--eval-iters", type=positive, metavar="N", help="iterations between evaluations; wins over --eval-interval"
+        "--output-dir", metavar="DIR", help="run folder (default: runs/METHOD-DATA-SPLIT-seedN)"
     )
     group.add_argument(
-        "--eval-window", type=int, metavar="PX", help="sliding-window evaluation with stride 2/3; 0: whole pictures"
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="go on with a run (default: the run these flags name)",
     )
     group.add_argument(
-        "--log-interval", type=positive, default=50, metavar="N", help="iterations between log lines (default: 50)"
+        "--eval-only",
+        action="store_true",
+        help="evaluate the run's last checkpoint and write its figures",
     )
     group.add_argument(
-        "--save-interval", type=positive, default=500, metavar="N", help="iterations between checkpoints (default: 500)"
+        "--eval-interval", type=positive, metavar="EPOCHS", help="epochs between evaluations"
+    )
+    group.add_argument(
+        "--eval-iters",
+        type=positive,
+        metavar="N",
+        help="iterations between evaluations; wins over --eval-interval",
+    )
+    group.add_argument(
+        "--eval-window",
+        type=int,
+        metavar="PX",
+        help="sliding-window evaluation with stride 2/3; 0: whole images",
+    )
+    group.add_argument(
+        "--log-interval",
+        type=positive,
+        default=50,
+        metavar="N",
+        help="iterations between log lines (default: 50)",
+    )
+    group.add_argument(
+        "--save-interval",
+        type=positive,
+        default=500,
+        metavar="N",
+        help="iterations between checkpoints (default: 500)",
     )
 
+
+def add_machine_flags(top: argparse.ArgumentParser) -> None:
+    """What it is computed with."""
     group = top.add_argument_group("machine")
     group.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda where there is one)")
-    group.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision (default: off)")
-    group.add_argument("--compile", action="store_true", help="torch.compile the networks that are trained")
+    group.add_argument(
+        "--amp",
+        choices=["off", "bf16", "fp16"],
+        default="off",
+        help="mixed precision (default: off)",
+    )
+    group.add_argument(
+        "--compile", action="store_true", help="torch.compile the networks that are trained"
+    )
     group.add_argument(
         "--kernels",
         choices=["auto", "triton", "torch"],
@@ -171,31 +246,45 @@ def parser(doc: str, presets: dict[str, dict]) -> argparse.ArgumentParser:
         help="of the fused operations; auto is triton on CUDA, else torch (default: auto)",
     )
     group.add_argument(
-        "-j", "--workers", type=int, metavar="N", help="loader processes a loader (default: 4 or the cores; shapes: 0)"
+        "-j",
+        "--workers",
+        type=int,
+        metavar="N",
+        help="loader processes a loader (default: 4 or the cores; shapes: 0)",
     )
     group.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
-    group.add_argument("--deterministic", action="store_true", help="deterministic CUDA operations, slower")
-    group.add_argument("--debug", action="store_true", help="print a traceback when something goes wrong")
-    return top
+    group.add_argument(
+        "--deterministic", action="store_true", help="deterministic CUDA operations, slower"
+    )
+    group.add_argument(
+        "--debug", action="store_true", help="print a traceback when something goes wrong"
+    )
 
 
 def finish(
-    top: argparse.ArgumentParser, presets: dict[str, dict], method: str, argv: list[str] | None = None
+    top: argparse.ArgumentParser,
+    presets: dict[str, dict],
+    method: str,
+    argv: list[str] | None = None,
 ) -> argparse.Namespace:
-    """Parse, fill in presets, find the run folder, and take a resumed run's settings from its `args.json`.
+    """Parse the flags, fill in presets, and find the run folder.
+
+    A resumed run's settings come from its `args.json`.
 
     Args:
         top: `parser(...)` with the method's own flags.
-        presets: data set -> flag -> value; "epochs" may be a dict by split.
+        presets: see the top of this file.
         method: the method's name, kept in `args.method` and part of the default run folder.
         argv: the command line, None for this process's.
 
     Returns:
-        The settings, all plain values, with `method`, `output_dir` and `resume` (True or False) set.
+        The settings, all plain values; `method`, `output_dir` and `resume` (True or False) are set.
     """
     args = top.parse_args(argv)
     run = Path(args.resume) if args.resume else default_run(args, method)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and (run / "args.json").is_file()
+    restarted = (
+        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and (run / "args.json").is_file()
+    )
     if args.resume is not None or restarted:
         args = resumed_args(top, run, method, argv)
     else:
@@ -207,22 +296,35 @@ def finish(
     return args
 
 
-def resumed_args(top: argparse.ArgumentParser, run: Path, method: str, argv: list[str] | None) -> argparse.Namespace:
+def resumed_args(
+    top: argparse.ArgumentParser, run: Path, method: str, argv: list[str] | None
+) -> argparse.Namespace:
     """The settings of the run in folder `run`, with the flags of `argv` that may change."""
     if run.suffix == ".pt":
-        top.error(f"--resume {run}: give the run's folder, {run.parent}; it goes on from the last.pt there")
+        top.error(
+            f"--resume {run}: give the run's folder, {run.parent}; "
+            "it goes on from the last.pt there"
+        )
     try:
         saved = checkpoint.read_description(run)["args"]
     except InputError as error:
         top.error(f"--resume: {error}")
     if saved["method"].split("-")[0] != method.split("-")[0]:
         top.error(f"{run} is a run of {saved['method']}; use its script")
-    kept = {key: value for key, value in saved.items() if key not in ("resume", "eval_only", "debug", "output_dir")}
+    kept = {
+        key: value
+        for key, value in saved.items()
+        if key not in ("resume", "eval_only", "debug", "output_dir")
+    }
     top.set_defaults(**kept)
     args = top.parse_args(argv)
     if args.output_dir and Path(args.output_dir) != run:
         top.error(f"--resume {run} goes on in that folder; leave --output-dir out")
-    clash = [f"{key}={value}" for key, value in kept.items() if key not in FREE_ON_RESUME and getattr(args, key) != value]
+    clash = [
+        f"{key}={value}"
+        for key, value in kept.items()
+        if key not in FREE_ON_RESUME and getattr(args, key) != value
+    ]
     if clash:
         top.error(f"{run} was started with {', '.join(clash)}; resume without changing that")
     args.output_dir, args.resume = str(run), True
@@ -231,41 +333,60 @@ def resumed_args(top: argparse.ArgumentParser, run: Path, method: str, argv: lis
 
 def default_run(args: argparse.Namespace, method: str) -> Path:
     """`--output-dir`, or runs/METHOD-DATA-SPLIT-seedN."""
-    split = args.labelled_list or args.split or DATA_DEFAULTS[args.data]["split"]
+    split = args.labelled_list or args.split or DATASETS[args.data].split
     split = Path(split).stem if split.endswith(".txt") else split.replace("/", "-")
     return Path(args.output_dir or f"runs/{method}-{args.data}-{split}-seed{args.seed}")
 
 
 def fill(args: argparse.Namespace, presets: dict[str, dict]) -> None:
     """Give every flag that is still None its preset."""
-    preset = {**DATA_DEFAULTS[args.data], **presets[args.data]}
-    args.split = args.labelled_list or args.split or preset["split"]
-    if args.epochs is None and args.max_iters is None:
-        epochs = preset.get("epochs")
-        args.epochs = epochs.get(args.split) if isinstance(epochs, dict) else epochs
-        args.max_iters = None if args.epochs else preset.get("max_iters")
-    if args.batch_size is None:
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        args.batch_size = max(2, preset["batch_size"] // world)
-        if args.batch_size * world != preset["batch_size"]:
-            note(f"{world} processes with {args.batch_size} pictures each, not {preset['batch_size']} in all as the preset has")
-    if args.eval_interval is None and args.eval_iters is None:
-        args.eval_interval, args.eval_iters = preset.get("eval_interval"), preset.get("eval_iters")
+    preset = dict(presets[args.data])
+    args.split = args.labelled_list or args.split or DATASETS[args.data].split
+    fill_schedule(args, preset)
     for key, value in preset.items():
-        if key not in ("epochs", "max_iters", "eval_interval", "eval_iters") and getattr(args, key, None) is None:
+        if getattr(args, key, None) is None:
             setattr(args, key, value)
     if args.eval_window == "crop":
         args.eval_window = args.crop_size
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.workers is None:
-        args.workers = min(4, os.cpu_count() or 1)
-        if shared_memory() < worker_memory(args):
+        args.workers = DATASETS[args.data].workers
+    if args.workers is None:
+        fill_workers(args)
+
+
+def fill_schedule(args: argparse.Namespace, preset: dict) -> None:
+    """Length, batch and evaluations, which are removed from `preset`."""
+    epochs, max_iters = preset.pop("epochs", None), preset.pop("max_iters", None)
+    if args.epochs is None and args.max_iters is None:
+        args.epochs = epochs.get(args.split) if isinstance(epochs, dict) else epochs
+        args.max_iters = None if args.epochs else max_iters
+
+    batch_size = preset.pop("batch_size")  # of all processes
+    if args.batch_size is None:
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        args.batch_size = max(2, batch_size // world)
+        if args.batch_size * world != batch_size:
             note(
-                f"/dev/shm has {shared_memory() / 1e6:.0f} MB: loading without worker processes, slowly; "
-                "a container needs --shm-size 2g or more"
+                f"{world} processes with {args.batch_size} images each, "
+                f"not {batch_size} in all as the preset has"
             )
-            args.workers = 0
+
+    interval, iters = preset.pop("eval_interval", None), preset.pop("eval_iters", None)
+    if args.eval_interval is None and args.eval_iters is None:
+        args.eval_interval, args.eval_iters = interval, iters
+
+
+def fill_workers(args: argparse.Namespace) -> None:
+    """As many loader workers as cores, up to 4; none where there is too little shared memory."""
+    args.workers = min(4, os.cpu_count() or 1)
+    if shared_memory() < worker_memory(args):
+        note(
+            f"/dev/shm has {shared_memory() / 1e6:.0f} MB: loading without worker processes, "
+            "slowly; a container needs --shm-size 2g or more"
+        )
+        args.workers = 0
 
 
 def note(text: str) -> None:
@@ -275,9 +396,9 @@ def note(text: str) -> None:
 
 
 def shared_memory() -> float:
-    """Bytes free in /dev/shm, through which loader workers hand over batches: too few, and PyTorch waits forever.
+    """Bytes free in /dev/shm, through which loader workers hand over batches.
 
-    Infinite where the system has other means.
+    With too few PyTorch waits forever. Infinite where the system has other means.
     """
     if sys.platform != "linux":
         return math.inf
@@ -285,39 +406,63 @@ def shared_memory() -> float:
 
 
 def worker_memory(args: argparse.Namespace) -> float:
-    """Bytes that the batches in flight may take: 4 a worker of each of 3 loaders, 5 bytes a pixel (RGB, label, valid_mask)."""
+    """Bytes that the batches in flight may take.
+
+    These are 4 a worker of each of 3 loaders, with 5 bytes a pixel (RGB, label, valid_mask). Whole
+    images may be larger than crops: 512 pixels a side at least.
+    """
     workers = args.workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return 3 * 4 * workers * args.batch_size * max(args.crop_size, 512) ** 2 * 5  # whole pictures may be larger than crops
+    return 3 * 4 * workers * args.batch_size * max(args.crop_size, 512) ** 2 * 5
 
 
 def check(args: argparse.Namespace, top: argparse.ArgumentParser) -> None:
     """Refuse values that cannot work; argparse prints one line and exits with 2."""
+    check_data(args, top)
+    check_training(args, top)
+    check_machine(args, top)
+
+
+def check_data(args: argparse.Namespace, top: argparse.ArgumentParser) -> None:
+    """Refuse flags that do not go with the data set."""
+    if args.extra and not DATASETS[args.data].extra:
+        top.error("--extra coarse goes with --data cityscapes")
+    if args.download and not DATASETS[args.data].download:
+        top.error(f"--download fetches voc and camvid, not {args.data}")
+    if args.download and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        top.error(
+            "--download: run it once without torchrun first; "
+            "the other processes would not wait that long"
+        )
+
+
+def check_training(args: argparse.Namespace, top: argparse.ArgumentParser) -> None:
+    """Refuse values of network, schedule and optimisation."""
     try:
         scale_rule(args.scale)
     except InputError as error:
         top.error(str(error))
-    if args.extra and args.data != "cityscapes":
-        top.error("--extra coarse goes with --data cityscapes")
-    if args.download and args.data not in ("voc", "camvid"):
-        top.error(f"--download fetches voc and camvid, not {args.data}")
-    if args.download and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        top.error("--download: run it once without torchrun first; the other processes would not wait that long")
     if args.backbone == "tiny" and args.weights != "none":
         top.error("--backbone tiny has no pretrained weights; add --weights none")
     if args.weights not in ("imagenet", "none") and not Path(args.weights).is_file():
         top.error(f"--weights {args.weights}: no such file (imagenet, none or a path)")
     if args.crop_size < 32:
         top.error(f"--crop-size {args.crop_size}: at least 32 pixels")
-    if not (0 < args.lr < math.inf and 0 < args.head_lr_mult < math.inf and 0 <= args.weight_decay < math.inf):
+    rates = 0 < args.lr < math.inf and 0 < args.head_lr_mult < math.inf
+    if not (rates and 0 <= args.weight_decay < math.inf):
         top.error("--lr and --head-lr-mult must be above 0, --weight-decay at least 0")
     if not 0 <= args.dropout < 1:
         top.error(f"--dropout {args.dropout}: from 0 to below 1")
     if not 0 <= args.seed < 2**32 or args.workers < 0 or args.eval_window < 0:
         top.error("--seed (below 2^32), --workers and --eval-window must not be negative")
+
+
+def check_machine(args: argparse.Namespace, top: argparse.ArgumentParser) -> None:
+    """Refuse more loader workers than memory, and devices that are none."""
     if shared_memory() < worker_memory(args):
         top.error(
-            f"-j {args.workers}: the workers need {worker_memory(args) / 1e6:.0f} MB of /dev/shm, which has "
-            f"{shared_memory() / 1e6:.0f}; use -j 0, or start the container with --shm-size 2g or more"
+            f"-j {args.workers}: the workers need {worker_memory(args) / 1e6:.0f} MB of /dev/shm, "
+            f"which has {shared_memory() / 1e6:.0f}; "
+            "use -j 0, or start the container with --shm-size 2g or more"
         )
     try:
         device = torch.device(args.device)
@@ -327,34 +472,3 @@ def check(args: argparse.Namespace, top: argparse.ArgumentParser) -> None:
         use_triton(args.kernels, device)
     except ValueError as error:
         top.error(f"--kernels {args.kernels}: {error}")
-
-
-class Schedule:
-    """How many iterations a run has, and after which ones it evaluates and saves.
-
-    Args:
-        args: the settings.
-        pictures: pictures an epoch passes over.
-        world: processes.
-    """
-
-    def __init__(self, args: argparse.Namespace, pictures: int, world: int):
-        self.per_epoch = max(1, pictures // (args.batch_size * world))
-        self.total = args.max_iters or args.epochs * self.per_epoch
-        self.eval_every = args.eval_iters or args.eval_interval * self.per_epoch
-        self.save_every = args.save_interval
-
-    def evaluates(self, done: int) -> bool:
-        """Whether an evaluation follows iteration `done`; one always follows the last."""
-        return done > 0 and (done % self.eval_every == 0 or done == self.total)
-
-    def saves(self, done: int) -> bool:
-        """Whether a checkpoint follows iteration `done`; one always precedes an evaluation."""
-        return done > 0 and (done % self.save_every == 0 or self.evaluates(done))
-
-    def factor(self, done: int) -> float:
-        """The poly learning rate's factor, (1 - done/total)^0.9."""
-        return max(0.0, 1 - done / self.total) ** 0.9
-
-    def __str__(self) -> str:
-        return f"{self.total} iterations ({math.ceil(self.total / self.per_epoch)} epochs of {self.per_epoch})"

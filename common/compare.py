@@ -1,16 +1,26 @@
-"""All methods on one data set, or an experiment of a paper: `python -m common.compare --data shapes --split 1/8 --seeds 3`.
+"""All methods on one data set, or an experiment of a paper.
 
-Every run is a process of its own with a folder OUT/METHOD/SPLIT-seedN; a finished one is reused, a stopped one resumed, so that
-the whole can be stopped and started again. All get the same backbone, output stride, crop, batch (a process), iterations of
-each trained network and evaluation window; learning rate, decay, scale and OHEM stay each method's own. What is printed is
-also left in OUT, in files that are named by experiment (or methods) and split:
+    python -m common.compare --data shapes --split 1/8 --seeds 3
 
-    NAME.md, .csv           mIoU of the last evaluation: every seed, mean and standard deviation; best in brackets; time; memory
+Every run is a process of its own with a folder OUT/METHOD/SPLIT-seedN; a finished one is reused, a
+stopped one resumed, so that the whole can be stopped and started again. All get the same backbone,
+output stride, crop, batch (a process), iterations of each trained network and evaluation window;
+learning rate, decay, scale and OHEM stay each method's own. What is printed is also left in OUT, in
+files that are named by experiment (or methods) and split:
+
+    NAME.md, .csv           mIoU of the last evaluation: every seed, mean and standard deviation;
+                            best in brackets; time; memory
     NAME.png                bars with the standard deviation
     NAME-curve.png          a measure over the iterations, for the experiments that are about one
-    NAME-predictions.png    picture by picture: input, target, prediction of each method (first seed)
+    NAME-predictions.png    image by image: input, target, prediction of each method (first seed)
 
-Flags after `--` go to every script: `python -m common.compare --data voc -- --data-dir VOCdevkit --amp bf16`.
+Under the table each method is compared with the first one, seed by seed: the mean of the
+differences, its standard error, and the interval that holds the true mean in 95 % of such
+comparisons, if the differences are normally distributed (Student's t).
+
+Flags after `--` go to every script, here those of another folder and of mixed precision:
+
+    python -m common.compare --data voc -- --data-dir VOCdevkit --amp bf16
 """
 
 import argparse
@@ -27,24 +37,39 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from scipy.stats import t as student
+
 from common import InputError, checkpoint, cli
+from common.datasets import DATASETS
 from common.experiments import EXPERIMENTS, METHODS, Experiment, Variant
 
-# What all methods share: of CPS's preset for the data set, with each data set's backbone and evaluation.
+# What all methods share: CPS's preset for the data set.
 RESNET = {"backbone": "resnet50", "output_stride": 16, "batch_size": 8, "eval_window": 0}
 SHARED = {
-    "shapes": {**RESNET, "backbone": "tiny", "output_stride": 8, "crop_size": 64, "max_iters": 1400},
+    "shapes": {
+        **RESNET,
+        "backbone": "tiny",
+        "output_stride": 8,
+        "crop_size": 64,
+        "max_iters": 1400,
+    },
     "camvid": {**RESNET, "crop_size": 320, "max_iters": 12_000},
     "voc": {**RESNET, "crop_size": 512, "max_iters": 39_000},
     "cityscapes": {**RESNET, "crop_size": 800, "max_iters": 44_500, "eval_window": 800},
     "folder": {**RESNET, "crop_size": 512, "max_iters": 20_000},
 }
-CERTAIN = {2: 12.7, 3: 4.3, 4: 3.2, 5: 2.8}  # standard errors that hold 95 % of Student's distribution, by seeds
 LAST_LINE = re.compile(r"^miou_last=([\d.]+) miou_best=([\d.]+)$")
 
 
 class Result(NamedTuple):
-    """One finished run: mIoU in percent, seconds of training and evaluation of all its networks, MiB at the peak."""
+    """One finished run.
+
+    Attributes:
+        last: mIoU of the last evaluation in percent.
+        best: mIoU of the best evaluation in percent.
+        seconds: of training and evaluating all its networks.
+        memory: MiB at the peak.
+    """
 
     last: float
     best: float
@@ -67,7 +92,11 @@ class Row(NamedTuple):
     @property
     def spread(self) -> float:
         """Standard deviation over the seeds; NaN for a single one."""
-        return statistics.stdev(result.last for result in self.results) if len(self.results) > 1 else math.nan
+        return (
+            statistics.stdev(result.last for result in self.results)
+            if len(self.results) > 1
+            else math.nan
+        )
 
     @property
     def published(self) -> float | None:
@@ -75,7 +104,10 @@ class Row(NamedTuple):
 
 
 def run_folder(out: Path, variant: Variant, split: str, seed: int) -> Path:
-    """OUT/METHOD/SPLIT-seedN, METHOD being the script, its flags and, unless once, how many times as long it trains."""
+    """OUT/METHOD/SPLIT-seedN.
+
+    METHOD is the script, its flags and, unless once, how many times as long it trains.
+    """
     method = variant.command.replace(".py", "").replace(" --", "_").replace(" ", "-")
     longer = f"_x{variant.times}" if variant.times > 1 else ""
     return out / (method + longer) / f"{split.replace('/', '-')}-seed{seed}"
@@ -87,9 +119,16 @@ def parts(folder: Path) -> list[Path]:
 
 
 def read_result(folder: Path) -> Result | None:
-    """The result of a run, or None if it is not finished; the stages of ST and ST++ are added up."""
+    """The result of a run, or None if it is not finished.
+
+    Seconds of the stages of ST and ST++ are added up.
+    """
     log = folder / "log.txt"
-    found = LAST_LINE.match(log.read_text().splitlines()[-1]) if log.is_file() and log.stat().st_size else None
+    found = (
+        LAST_LINE.match(log.read_text().splitlines()[-1])
+        if log.is_file() and log.stat().st_size
+        else None
+    )
     if not found:
         return None
     seconds, memory = 0.0, 0
@@ -120,16 +159,24 @@ def check_settings(folder: Path, script: str, flags: list[str]) -> None:
         raise InputError(f"{folder} holds a run with {', '.join(other)}; choose another --output")
 
 
-def command_line(variant: Variant, split: str, seed: int, args: argparse.Namespace) -> tuple[str, list[str]]:
+def command_line(
+    variant: Variant, split: str, seed: int, args: argparse.Namespace
+) -> tuple[str, list[str]]:
     """Script and flags of a run; of a flag that is given twice the last one counts."""
     script, *own = shlex.split(variant.command)
     shared = {"data": args.data, "split": split, "seed": seed, **args.shared}
     shared["max_iters"] *= variant.times
     shared["output_dir"] = run_folder(args.output, variant, split, seed)
-    return script, [*args.rest, *own, *(f"--{key.replace('_', '-')}={value}" for key, value in shared.items())]
+    return script, [
+        *args.rest,
+        *own,
+        *(f"--{key.replace('_', '-')}={value}" for key, value in shared.items()),
+    ]
 
 
-def run(variant: Variant, split: str, seed: int, args: argparse.Namespace, number: str) -> tuple[Path, Result]:
+def run(
+    variant: Variant, split: str, seed: int, args: argparse.Namespace, number: str
+) -> tuple[Path, Result]:
     """One run: reused, resumed or started; `number` is printed before its command.
 
     Raises:
@@ -137,7 +184,8 @@ def run(variant: Variant, split: str, seed: int, args: argparse.Namespace, numbe
     """
     folder = run_folder(args.output, variant, split, seed)
     script, flags = command_line(variant, split, seed, args)
-    place = f"[{number}] {variant.command} --split {split} --seed {seed} --max-iters {args.shared['max_iters'] * variant.times}"
+    length = args.shared["max_iters"] * variant.times
+    place = f"[{number}] {variant.command} --split {split} --seed {seed} --max-iters {length}"
     started = any(map(checkpoint.occupied, parts(folder)))
     if started:
         check_settings(folder, script, flags)
@@ -155,7 +203,10 @@ def run(variant: Variant, split: str, seed: int, args: argparse.Namespace, numbe
 
 
 def call(command: list[str]) -> int:
-    """Run a command, its output in the run's log.txt alone; what stops this process stops it, too, with time to save."""
+    """Run a command, its output in the run's log.txt alone.
+
+    What stops this process stops the command, too, with time to save.
+    """
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         return process.wait()
@@ -170,7 +221,7 @@ def minutes(seconds: float) -> str:
     return f"{seconds / 60:.1f} min"
 
 
-# -------------------------------------------------------------------------------------------------------------- reports
+# ------------------------------------------------------------------------------------------ reports
 
 
 def table(experiment: Experiment, rows: list[Row], args: argparse.Namespace) -> str:
@@ -178,10 +229,12 @@ def table(experiment: Experiment, rows: list[Row], args: argparse.Namespace) -> 
     splits = len({row.split for row in rows}) > 1
     seeds = [f"seed {seed}" for seed in range(args.seeds)]
     last = [f"{experiment.curve} at the end"] if experiment.curve else []
-    head = ["method", *(["split"] if splits else []), *seeds, "mean", "sd", "time", "memory", *last, "published"]
+    head = ["method", *(["split"] if splits else []), *seeds, "mean", "sd", "time", "memory"]
+    head += [*last, "published"]
+    shares = ", ".join(dict.fromkeys(row.split for row in rows))
     lines = [
-        f"{experiment.title}; {args.data}, {', '.join(dict.fromkeys(row.split for row in rows))} labelled, "
-        f"{args.seeds} seeds, mIoU last (best) in percent:",
+        f"{experiment.title}; {args.data}, {shares} labelled, {args.seeds} seeds, "
+        "mIoU last (best) in percent:",
         "",
         f"    {args.command}",
         "",
@@ -196,7 +249,7 @@ def table(experiment: Experiment, rows: list[Row], args: argparse.Namespace) -> 
         cells += [last_value(row.folders, experiment.curve)] if experiment.curve else []
         cells.append("-" if row.published is None else f"{row.published:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *readings(rows), *conditions(rows)])
+    return "\n".join([*lines, "", *differences(rows), *conditions(rows)])
 
 
 def last_value(folders: list[Path], measure: str) -> str:
@@ -208,57 +261,56 @@ def last_value(folders: list[Path], measure: str) -> str:
     return f"{100 * statistics.mean(found):.2f}"
 
 
-def readings(rows: list[Row]) -> list[str]:
-    """Against the first row of each split, seed by seed: the difference published and measured, and whether they agree."""
+def differences(rows: list[Row]) -> list[str]:
+    """Each row against the first one of its split, seed by seed; beside it what is published."""
     lines = []
     for row in rows:
         first = next(other for other in rows if other.split == row.split)
         if row is first:
             continue
-        differences = [ours.last - theirs.last for ours, theirs in zip(row.results, first.results)]
-        known = row.published is not None and first.published is not None
-        published = row.published - first.published if known else None
-        error = f", standard error {standard_error(differences):.2f}" if len(differences) > 1 else ""
-        lines.append(
-            f"- {row.variant.label} against {first.variant.label} at {row.split}: "
-            + ("" if published is None else f"published {published:+.2f}, ")
-            + f"here {statistics.mean(differences):+.2f}{error}: "
-            + verdict(differences, published)
-        )
+        line = f"- {row.variant.label} against {first.variant.label} at {row.split}: "
+        if row.published is not None and first.published is not None:
+            line += f"published {row.published - first.published:+.2f}, "
+        paired = [ours.last - theirs.last for ours, theirs in zip(row.results, first.results)]
+        lines.append(line + f"here {mean_with_error(paired)}")
     return lines
 
 
-def standard_error(values: list[float]) -> float:
-    """Of their mean; NaN for a single one."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+def mean_with_error(values: list[float]) -> str:
+    """Mean of `values`, its standard error, and its 95 % interval by Student's t.
 
-
-def verdict(differences: list[float], published: float | None) -> str:
-    """What differences, a seed each, say of a published one, in words."""
-    measured, noise = statistics.mean(differences), standard_error(differences)
-    if not any(differences):
-        return "no difference at all, these flags change nothing here"
-    if math.isnan(noise):
-        return "one seed, nothing is known of the noise"
-    if abs(measured) < CERTAIN.get(len(differences), 2.6) * noise:
-        return "not clear of the noise"
-    if not published:
-        return "clear of the noise" + ("" if published is None else ", and none is published")
-    return "clear of the noise, " + ("in the published direction" if published * measured > 0 else "DISAGREES with the paper")
+    With n values of standard deviation s the standard error is s/√n, and the interval reaches
+    t(0.975; n-1) standard errors to both sides.
+    """
+    mean, count = statistics.mean(values), len(values)
+    if count == 1:
+        return f"{mean:+.2f}, one seed"
+    error = statistics.stdev(values) / math.sqrt(count)
+    reach = student.ppf(0.975, count - 1) * error
+    return (
+        f"{mean:+.2f}, standard error {error:.2f}, "
+        f"95 % interval {mean - reach:+.2f} to {mean + reach:+.2f}"
+    )
 
 
 def conditions(rows: list[Row]) -> list[str]:
     """Notes on what else differs between the runs, reused ones mostly.
 
     Raises:
-        InputError: at one split, other labelled pictures: the list has changed between the runs.
+        InputError: at one split, other labelled images: the list has changed between the runs.
     """
-    found = [(row.split, folder, checkpoint.read_description(folder)) for row in rows for folder in row.folders]
+    found = [
+        (row.split, folder, checkpoint.read_description(folder))
+        for row in rows
+        for folder in row.folders
+    ]
     lists: dict[str, tuple[str, Path]] = {}
     for split, folder, description in found:
         other, first = lists.setdefault(split, (description["labelled_list_sha1"], folder))
         if other != description["labelled_list_sha1"]:
-            raise InputError(f"{first} and {folder} have other labelled pictures; choose another --output")
+            raise InputError(
+                f"{first} and {folder} have other labelled images; choose another --output"
+            )
     notes = []
     for key in ("git_commit", "processes", "threads", "hardware", "versions"):
         values = {json.dumps(description[key]) for *_, description in found}
@@ -267,7 +319,9 @@ def conditions(rows: list[Row]) -> list[str]:
     return notes
 
 
-def write_reports(name: str, experiment: Experiment, rows: list[Row], args: argparse.Namespace) -> None:
+def write_reports(
+    name: str, experiment: Experiment, rows: list[Row], args: argparse.Namespace
+) -> None:
     """Print the table; write it with the figures to OUT."""
     from common import figures
 
@@ -278,57 +332,117 @@ def write_reports(name: str, experiment: Experiment, rows: list[Row], args: argp
     (args.output / f"{name}.md").write_text(text + "\n")
     with open(args.output / f"{name}.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["method", "command", "split", "seed", "miou_last", "miou_best", "seconds", "memory_mb"])
+        writer.writerow(
+            ["method", "command", "split", "seed", "miou_last", "miou_best", "seconds", "memory_mb"]
+        )
         for row in rows:
             for seed, result in enumerate(row.results):
                 writer.writerow([row.variant.label, row.variant.command, row.split, seed, *result])
     labels = [row.variant.label + (f", {row.split}" if experiment.splits else "") for row in rows]
-    figures.bars(labels, [[result.last for result in row.results] for row in rows], args.output / f"{name}.png")
+    figures.bars(
+        labels,
+        [[result.last for result in row.results] for row in rows],
+        args.output / f"{name}.png",
+    )
     if experiment.curve:
-        runs = {label: [folder / "metrics.csv" for folder in row.folders] for label, row in zip(labels, rows)}
+        runs = {
+            label: [folder / "metrics.csv" for folder in row.folders]
+            for label, row in zip(labels, rows)
+        }
         figures.measure_curves(runs, experiment.curve, args.output / f"{name}-curve.png")
-    folders = {label: row.folders[0] for label, row in zip(labels, rows) if row.split == rows[0].split}
+    folders = {
+        label: row.folders[0] for label, row in zip(labels, rows) if row.split == rows[0].split
+    }
     figures.side_by_side(folders, args.output / f"{name}-predictions.png")
     print(f"{name}.md, .csv and figures are in {args.output}")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; `shared` holds the settings that all runs get, `rest` the flags after `--`."""
-    argv = sys.argv[1:] if argv is None else argv
-    cut = argv.index("--") if "--" in argv else len(argv)
-    own, rest = argv[:cut], argv[cut + 1 :]
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of the comparison itself, and those that all runs get."""
     parser = argparse.ArgumentParser(
         prog="python -m common.compare",
         description=__doc__,
         epilog=f"defaults of the shared settings:\n{cli.listed(SHARED)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--data", choices=list(SHARED), default="shapes", help="data set (default: shapes)")
-    parser.add_argument("--split", help="labelled share, as the scripts take it (default: 1/8; folder: all)")
-    parser.add_argument("--seeds", type=cli.positive, default=3, metavar="N", help="seeds 0 to N-1 (default: 3)")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help=f"of {', '.join(METHODS)}")
-    named = ", ".join(EXPERIMENTS)
-    parser.add_argument("--experiment", nargs="+", choices=list(EXPERIMENTS), metavar="NAME", help=f"instead: {named}")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of runs and tables (default: runs/compare-DATA)")
     parser.add_argument(
-        "--launcher", default=shlex.quote(sys.executable), help="such as 'torchrun --nproc_per_node 4'; needs -b"
+        "--data", choices=list(SHARED), default="shapes", help="data set (default: shapes)"
     )
+    parser.add_argument(
+        "--split", help="labelled share, as the scripts take it (default: 1/8; folder: all)"
+    )
+    parser.add_argument(
+        "--seeds", type=cli.positive, default=3, metavar="N", help="seeds 0 to N-1 (default: 3)"
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=list(METHODS),
+        metavar="METHOD",
+        help=f"of {', '.join(METHODS)}",
+    )
+    named = ", ".join(EXPERIMENTS)
+    parser.add_argument(
+        "--experiment",
+        nargs="+",
+        choices=list(EXPERIMENTS),
+        metavar="NAME",
+        help=f"instead: {named}",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder of runs and tables (default: runs/compare-DATA)",
+    )
+    parser.add_argument(
+        "--launcher",
+        default=shlex.quote(sys.executable),
+        help="such as 'torchrun --nproc_per_node 4'; needs -b",
+    )
+    add_shared_flags(parser)
+    return parser
+
+
+def add_shared_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that replace entries of SHARED."""
     shared = parser.add_argument_group("shared by all runs (defaults depend on the data set)")
     shared.add_argument("--backbone")
     shared.add_argument("--output-stride", type=int)
     shared.add_argument("--crop-size", type=cli.positive, metavar="PX")
     shared.add_argument("-b", "--batch-size", type=cli.positive, metavar="N", help="a process")
-    shared.add_argument("--max-iters", type=cli.positive, metavar="N", help="iterations of each trained network")
-    shared.add_argument("--eval-window", type=int, metavar="PX", help="sliding-window evaluation; 0: whole pictures")
+    shared.add_argument(
+        "--max-iters", type=cli.positive, metavar="N", help="iterations of each trained network"
+    )
+    shared.add_argument(
+        "--eval-window", type=int, metavar="PX", help="sliding-window evaluation; 0: whole images"
+    )
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line.
+
+    `shared` holds the settings that all runs get, `rest` the flags after `--`.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    cut = argv.index("--") if "--" in argv else len(argv)
+    own, rest = argv[:cut], argv[cut + 1 :]
+    parser = make_parser()
     args = parser.parse_args(own)
     if args.launcher != parser.get_default("launcher") and not args.batch_size:
-        parser.error("--launcher needs -b: the batch of one process, 8 divided by the processes if it is to stay as it was")
+        parser.error(
+            "--launcher needs -b: the batch of one process, 8 divided by the processes "
+            "if it is to stay as it was"
+        )
     if args.methods and args.experiment:
-        parser.error("--methods chooses rows of the comparison of all methods; leave it out with --experiment")
+        parser.error(
+            "--methods chooses rows of the comparison of all methods; "
+            "leave it out with --experiment"
+        )
     given = {key: getattr(args, key) for key in SHARED[args.data] if getattr(args, key) is not None}
     args.shared = {**SHARED[args.data], **given}
     args.rest, args.command = rest, "python -m common.compare " + shlex.join(argv)
-    args.split = args.split or cli.DATA_DEFAULTS[args.data]["split"]
+    args.split = args.split or DATASETS[args.data].split
     args.output = args.output or Path("runs") / f"compare-{args.data}"
     return args
 
@@ -347,21 +461,31 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.experiment or ["methods"]:
         experiment = EXPERIMENTS[name]
         if args.methods:
-            experiment = experiment._replace(variants=tuple(METHODS[method] for method in args.methods))
+            chosen = tuple(METHODS[method] for method in args.methods)
+            experiment = experiment._replace(variants=chosen)
             name = "+".join(args.methods)
-        todo = [(variant, split) for split in experiment.splits or (args.split,) for variant in experiment.variants]
-        for variant, split in todo:  # before the first run, rather than after hours
-            settings(*command_line(variant, split, 0, args))
-        rows = []
-        for index, (variant, split) in enumerate(todo):
-            numbers = [f"{index * args.seeds + seed + 1}/{len(todo) * args.seeds}" for seed in range(args.seeds)]
-            done = [run(variant, split, seed, args, number) for seed, number in enumerate(numbers)]
-            rows.append(Row(variant, split, [folder for folder, _ in done], [result for _, result in done]))
-        write_reports(name, experiment, rows, args)
+        write_reports(name, experiment, run_all(experiment, args), args)
+
+
+def run_all(experiment: Experiment, args: argparse.Namespace) -> list[Row]:
+    """All runs of an experiment, a row for each variant and split."""
+    splits = experiment.splits or (args.split,)
+    todo = [(variant, split) for split in splits for variant in experiment.variants]
+    for variant, split in todo:  # before the first run, rather than after hours
+        settings(*command_line(variant, split, 0, args))
+    total, rows = len(todo) * args.seeds, []
+    for index, (variant, split) in enumerate(todo):
+        first = index * args.seeds + 1
+        numbers = [f"{first + seed}/{total}" for seed in range(args.seeds)]
+        done = [run(variant, split, seed, args, number) for seed, number in enumerate(numbers)]
+        folders, results = map(list, zip(*done))
+        rows.append(Row(variant, split, folders, results))
+    return rows
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGINT):  # or the run would go on alone; a shell's background jobs ignore Ctrl-C's
+    # Or the run would go on alone; a shell's background jobs ignore Ctrl-C's.
+    for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
     try:
         main()

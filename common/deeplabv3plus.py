@@ -1,12 +1,16 @@
 """DeepLabv3+ (Chen et al., ECCV 2018, arXiv:1802.02611): the one network that all methods share.
 
     image (N,3,H,W) -> backbone -> layer1 (stride 4) ---- 1x1 conv, 48 channels --+
-                                -> layer4 (stride 8/16/32) -> ASPP -> upsample ---+-> concat -> two 3x3 convs -> 1x1 classifier
+                                -> layer4 (stride 8/16/32) -> ASPP -> upsample ---+
+                                                                                  |
+                      logits <- 1x1 classifier <- two 3x3 convs <- concatenation -+
 
-The network returns the head's logits at stride 4 and never upsamples them: the losses and the evaluation do that, because
-they can do it without ever holding an N x C x H x W tensor (see `kernels/`).
+The network returns the head's logits at stride 4 and never upsamples them. The losses and the
+evaluation do that, because they can do it without ever holding an N x C x H x W tensor (see
+`kernels/`).
 """
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -18,7 +22,8 @@ from common import InputError
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 BACKBONES = ("tiny", *RESNETS)
-# Dilation rates of ASPP by output stride: the paper's 6/12/18 at stride 16, doubled at 8, halved at 32.
+# Dilation rates of ASPP by output stride: the paper's 6/12/18 at stride 16, doubled at 8, halved
+# at 32.
 ASPP_RATES = {8: (12, 24, 36), 16: (6, 12, 18), 32: (3, 6, 9)}
 TINY_ASPP_RATES = {8: (2, 4, 6), 16: (1, 2, 3), 32: (1, 2, 3)}
 
@@ -26,8 +31,9 @@ TINY_ASPP_RATES = {8: (2, 4, 6), 16: (1, 2, 3), 32: (1, 2, 3)}
 def dilate_layer(layer: nn.Sequential, dilation: int, previous: int) -> None:
     """Trade the stride of one ResNet stage for dilation, in place.
 
-    torchvision's own `replace_stride_with_dilation` refuses ResNet-18/34, so this does it for both kinds of block, with
-    torchvision's convention: the first block still sees the input's grid and keeps the `previous` dilation.
+    torchvision's own `replace_stride_with_dilation` refuses ResNet-18/34, so this does it for both
+    kinds of block, with torchvision's convention: the first block still sees the input's grid and
+    keeps the `previous` dilation.
 
     Args:
         layer: one of `layer2`..`layer4` of a torchvision ResNet.
@@ -47,10 +53,14 @@ class ResNetBackbone(nn.Module):
 
     Args:
         name: one of `RESNETS`.
-        weights: "imagenet" (torchvision's IMAGENET1K_V1), "none", or the path of a torchvision state dict.
+        weights: "imagenet" (torchvision's IMAGENET1K_V1), "none", or the path of a torchvision
+            state dict.
         output_stride: 8, 16 or 32.
 
     Shape: (N,3,H,W) float -> layer1 (N,c1,H/4,W/4), layer3 and layer4 (stride <= `output_stride`).
+
+    Raises:
+        InputError: the weights cannot be downloaded or read.
     """
 
     def __init__(self, name: str, weights: str, output_stride: int):
@@ -58,18 +68,23 @@ class ResNetBackbone(nn.Module):
         try:
             net = get_model(name, weights="IMAGENET1K_V1" if weights == "imagenet" else None)
         except OSError as error:  # urllib's errors are of this kind
-            raise InputError(f"could not download {name}'s ImageNet weights ({error}); --weights PATH or none") from None
+            raise InputError(
+                f"could not download {name}'s ImageNet weights ({error}); --weights PATH or none"
+            ) from None
         if weights not in ("imagenet", "none"):
             load_backbone_file(net, Path(weights))
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
-        self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
+        self.layer1, self.layer2 = net.layer1, net.layer2
+        self.layer3, self.layer4 = net.layer3, net.layer4
         if output_stride == 8:
             dilate_layer(self.layer3, 2, previous=1)
             dilate_layer(self.layer4, 4, previous=2)
         elif output_stride == 16:
             dilate_layer(self.layer4, 2, previous=1)
         expansion = 1 if name in ("resnet18", "resnet34") else 4
-        self.low_channels, self.mid_channels, self.out_channels = (width * expansion for width in (64, 256, 512))
+        self.low_channels = 64 * expansion
+        self.mid_channels = 256 * expansion
+        self.out_channels = 512 * expansion
         self.aspp_rates = ASPP_RATES[output_stride]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +94,10 @@ class ResNetBackbone(nn.Module):
 
 
 class TinyBackbone(nn.Module):
-    """A ResNet of four BasicBlocks (0.22 M parameters) for 64-pixel pictures on a CPU; same interface as `ResNetBackbone`."""
+    """A ResNet of four BasicBlocks (0.22 M parameters) for 64-pixel images on a CPU.
+
+    Its interface is that of `ResNetBackbone`.
+    """
 
     low_channels, mid_channels, out_channels = 24, 48, 96
 
@@ -97,11 +115,14 @@ class TinyBackbone(nn.Module):
 
 def tiny_block(channels_in: int, channels_out: int, stride: int) -> resnet.BasicBlock:
     """torchvision's BasicBlock with a projected shortcut."""
-    shortcut = nn.Sequential(nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), nn.BatchNorm2d(channels_out))
+    conv = nn.Conv2d(channels_in, channels_out, 1, stride, bias=False)
+    shortcut = nn.Sequential(conv, nn.BatchNorm2d(channels_out))
     return resnet.BasicBlock(channels_in, channels_out, stride, shortcut)
 
 
-def conv_bn_relu(channels_in: int, channels_out: int, kernel: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
+def conv_bn_relu(
+    channels_in: int, channels_out: int, kernel: int, stride: int = 1, dilation: int = 1
+) -> nn.Sequential:
     """Convolution without bias, BatchNorm, ReLU; "same" padding."""
     padding = dilation * (kernel // 2)
     conv = nn.Conv2d(channels_in, channels_out, kernel, stride, padding, dilation, bias=False)
@@ -109,9 +130,18 @@ def conv_bn_relu(channels_in: int, channels_out: int, kernel: int, stride: int =
 
 
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling: a 1x1, three dilated 3x3 and a whole-picture branch, projected to `width` channels.
+    """Atrous spatial pyramid pooling.
+
+    A 1x1 convolution, three dilated 3x3 convolutions and the mean over the whole image, side by
+    side, are projected to `width` channels.
 
     Source: arXiv:1706.05587, section 3.3. Shape: (N,c,h,w) -> (N,width,h,w).
+
+    Args:
+        channels_in: c.
+        width: channels of each branch and of the result.
+        rates: dilations of the three 3x3 convolutions.
+        dropout: probability of the Dropout2d at the end.
     """
 
     def __init__(self, channels_in: int, width: int, rates: tuple[int, int, int], dropout: float):
@@ -122,11 +152,14 @@ class ASPP(nn.Module):
         self.project = nn.Sequential(conv_bn_relu(5 * width, width, 1), nn.Dropout2d(dropout))
 
     def forward(self, features: Tensor) -> Tensor:
-        pooled = self.pooled(features).expand(-1, -1, *features.shape[2:])  # a 1x1 map upsampled is a constant
+        pooled = self.pooled(features)  # a 1x1 map, which upsampled is a constant
+        pooled = pooled.expand(-1, -1, *features.shape[2:])
         if features.is_contiguous(memory_format=torch.channels_last):
-            # An expanded map has no layout of its own: with it, all that is joined would be laid out anew, as NCHW.
+            # An expanded map has no layout of its own: with it, all that is joined would be laid
+            # out anew, as NCHW.
             pooled = pooled.contiguous(memory_format=torch.channels_last)
-        return self.project(torch.cat([*(branch(features) for branch in self.branches), pooled], dim=1))
+        branches = [branch(features) for branch in self.branches]
+        return self.project(torch.cat([*branches, pooled], dim=1))
 
 
 class DeepLabV3Plus(nn.Module):
@@ -139,21 +172,42 @@ class DeepLabV3Plus(nn.Module):
         output_stride: stride of the deepest features: 8, 16 or 32.
         dropout: probability of the Dropout2d after ASPP.
 
-    Shape: images (N,3,H,W) float, normalised -> logits (N,num_classes,ceil(H/4),ceil(W/4)), before softmax.
+    Shape: images (N,3,H,W) float, normalised -> logits (N,num_classes,ceil(H/4),ceil(W/4)), before
+    softmax.
     """
 
-    def __init__(self, backbone: str, num_classes: int, weights: str = "none", output_stride: int = 16, dropout: float = 0.5):
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int,
+        weights: str = "none",
+        output_stride: int = 16,
+        dropout: float = 0.5,
+    ):
         super().__init__()
         tiny = backbone == "tiny"
-        width, low_width = (64, 16) if tiny else (256, 48)
-        self.backbone = TinyBackbone(output_stride) if tiny else ResNetBackbone(backbone, weights, output_stride)
+        if tiny:
+            width, low_width = 64, 16
+            self.backbone = TinyBackbone(output_stride)
+        else:
+            width, low_width = 256, 48
+            self.backbone = ResNetBackbone(backbone, weights, output_stride)
         self.aspp = ASPP(self.backbone.out_channels, width, self.backbone.aspp_rates, dropout)
         self.low_level = conv_bn_relu(self.backbone.low_channels, low_width, 1)
-        self.decoder = nn.Sequential(conv_bn_relu(width + low_width, width, 3), conv_bn_relu(width, width, 3))
+        self.decoder = nn.Sequential(
+            conv_bn_relu(width + low_width, width, 3),
+            conv_bn_relu(width, width, 3),
+        )
         self.classifier = nn.Conv2d(width, num_classes, 1)
         self.feature_channels = width
+        self.amp: torch.dtype | None = None  # autocast type of forward passes, set by `Run.place`
         for part in self.head_modules() if not tiny else [self]:
             part.apply(initialise)
+
+    @classmethod
+    def from_settings(cls, args: argparse.Namespace, num_classes: int) -> "DeepLabV3Plus":
+        """The network that the flags `--backbone`, `--weights`, ... ask for."""
+        return cls(args.backbone, num_classes, args.weights, args.output_stride, args.dropout)
 
     def head_modules(self) -> list[nn.Module]:
         """Everything that no pretrained weights exist for."""
@@ -161,12 +215,23 @@ class DeepLabV3Plus(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N,C,h,w) at stride 4."""
-        low, _, high = self.backbone(images)
-        return self.classifier(self.decoder(self.fuse(low, high)))
+        with self.precision(images):
+            low, _, high = self.backbone(images)
+            return self.classifier(self.decoder(self.fuse(low, high)))
+
+    def precision(self, images: Tensor) -> torch.autocast:
+        """Mixed precision for a forward pass, where `amp` is a type."""
+        dtype = self.amp or torch.bfloat16
+        return torch.autocast(images.device.type, dtype=dtype, enabled=self.amp is not None)
 
     def fuse(self, low: Tensor, high: Tensor) -> Tensor:
-        """The decoder's input (N,304,h,w), with `tiny` (N,80,h,w): projected `low` features beside the upsampled ASPP's."""
-        high = F.interpolate(self.aspp(high), size=low.shape[2:], mode="bilinear", align_corners=True)
+        """The decoder's input: projected `low` features beside ASPP's of `high`, upsampled.
+
+        Returns:
+            (N,304,h,w), with `tiny` (N,80,h,w).
+        """
+        high = self.aspp(high)
+        high = F.interpolate(high, size=low.shape[2:], mode="bilinear", align_corners=True)
         return torch.cat([high, self.low_level(low)], dim=1)
 
 
@@ -176,39 +241,54 @@ def full_softmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def initialise(module: nn.Module) -> None:
-    """Kaiming-normal weights (fan out) for every convolution that a BatchNorm follows; others keep PyTorch's default.
+    """Kaiming-normal weights (fan out) for every convolution that a BatchNorm follows.
 
-    In this file such a convolution has no bias. The layers without a BatchNorm (the classifier, and in U2PL the last
-    feature and auxiliary convolutions) must not get it: fan out of a 1x1 classifier is the number of classes C, so its
-    weights would have a deviation of sqrt(2/C) and a fresh network's loss would be twice ln C. PyTorch's default,
-    U(-1/sqrt(fan_in), 1/sqrt(fan_in)), is what the released U2PL, ST++ and UniMatch use.
+    In this file such a convolution has no bias. The layers without a BatchNorm (the classifier, and
+    in U2PL the last feature and auxiliary convolutions) must not get them: fan out of a 1x1
+    classifier is the number of classes C, so its weights would have a deviation of sqrt(2/C) and a
+    fresh network's loss would be twice ln C. They keep PyTorch's default,
+    U(-1/sqrt(fan_in), 1/sqrt(fan_in)), which the released U2PL, ST++ and UniMatch use.
     """
     if isinstance(module, nn.Conv2d) and module.bias is None:
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def load_backbone_file(net: nn.Module, path: Path) -> None:
-    """Load a torchvision ResNet state dict from `path`; its classifier is ignored, anything else missing is an error.
+    """Load a torchvision ResNet state dict from a file; its classifier is ignored.
 
     Raises:
-        InputError: the file is not such a state dict; the message names the file and the first missing key.
+        InputError: the file is not such a state dict, or tensors are missing; the message names the
+            file and the first missing key.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the bytes lead it to
         raise InputError(f"{path}: not a file of weights ({type(error).__name__})") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    state = {key.removeprefix("module."): value for key, value in state.items() if not key.startswith("fc.")}
+    state = {
+        key.removeprefix("module."): value
+        for key, value in state.items()
+        if not key.startswith("fc.")
+    }
     try:
-        missing = [key for key in net.load_state_dict(state, strict=False).missing_keys if not key.startswith("fc.")]
+        missing = net.load_state_dict(state, strict=False).missing_keys
     except RuntimeError as error:
-        raise InputError(f"{path}: weights of another network: {str(error).splitlines()[1].strip()}") from None
+        reason = str(error).splitlines()[1].strip()
+        raise InputError(f"{path}: weights of another network: {reason}") from None
+    missing = [key for key in missing if not key.startswith("fc.")]
     if missing:
-        raise InputError(f"{path}: not the weights of this backbone: {len(missing)} tensors are missing, such as {missing[0]}")
+        raise InputError(
+            f"{path}: not the weights of this backbone: "
+            f"{len(missing)} tensors are missing, such as {missing[0]}"
+        )
 
 
 def parameter_groups(
-    network: DeepLabV3Plus, lr: float, head_lr_mult: float, weight_decay: float, decay_norm: bool
+    network: DeepLabV3Plus,
+    lr: float,
+    head_lr_mult: float,
+    weight_decay: float,
+    decay_norm: bool,
 ) -> list[dict]:
     """Optimiser groups: backbone at `lr`, head at `lr * head_lr_mult`.
 
@@ -217,10 +297,15 @@ def parameter_groups(
         lr: learning rate of the backbone.
         head_lr_mult: the head's multiple of it.
         weight_decay: L2 coefficient.
-        decay_norm: False leaves BatchNorm and biases (every parameter of one dimension) without decay, as CPS does.
+        decay_norm: False leaves BatchNorm and biases (every parameter of one dimension) without
+            decay, as CPS does.
+
+    Returns:
+        Four groups: of the backbone and of the head, each first the tensors, then the vectors.
     """
+    backbone, head = [network.backbone], network.head_modules()
     groups = []
-    for modules, rate in (([network.backbone], lr), (network.head_modules(), lr * head_lr_mult)):
+    for modules, rate in ((backbone, lr), (head, lr * head_lr_mult)):
         parameters = [parameter for module in modules for parameter in module.parameters()]
         for vectors in (False, True):
             decay = weight_decay if decay_norm or not vectors else 0.0

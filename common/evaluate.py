@@ -1,18 +1,23 @@
-"""mIoU from one confusion matrix over the whole validation set, kept on the device and summed over processes."""
+"""mIoU from one confusion matrix over the whole validation set.
+
+The matrix is kept on the device and summed over processes at the end.
+"""
 
 import argparse
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from common import distributed
 from common.augment import IGNORE, normalise
 from common.data import eval_loader
-from common.datasets import DataSource
+from common.datasets import DataSource, Item
 from common.deeplabv3plus import full_softmax
-from common.runtime import Runtime
+from common.runtime import check_signal
 from kernels import pseudo_label
 
 
@@ -34,36 +39,52 @@ class Scores:
 
 
 def update(confusion_matrix: Tensor, target: Tensor, prediction: Tensor) -> None:
-    """Count (target, prediction) pairs into `confusion_matrix` (C,C), in place; pixels whose target is 255 do not count."""
+    """Count pairs of target and prediction into a confusion matrix, in place.
+
+    Args:
+        confusion_matrix: (C,C) int64, rows target, columns prediction.
+        target: labels of any shape; pixels where they are 255 do not count.
+        prediction: labels of the same shape.
+    """
     classes = confusion_matrix.shape[0]
-    pairs = torch.where(target == IGNORE, classes * classes, target.long() * classes + prediction)
-    confusion_matrix += torch.bincount(pairs.flatten(), minlength=classes * classes + 1)[:-1].view(classes, classes)
+    cells = classes * classes
+    pairs = target.long() * classes + prediction
+    pairs = torch.where(target == IGNORE, cells, pairs)  # one cell more, which is left out
+    counts = torch.bincount(pairs.flatten(), minlength=cells + 1)[:-1]
+    confusion_matrix += counts.view(classes, classes)
 
 
 def scores(confusion_matrix: Tensor) -> Scores:
-    """IoU = TP / (TP + FP + FN) a class, its mean, and pixel accuracy."""
+    """IoU of each class, its mean, and pixel accuracy, of a confusion matrix (C,C).
+
+        IoU_c = TP / (TP + FP + FN),    accuracy = Σ_c TP / all pixels
+    """
     matrix = confusion_matrix.cpu().double()
     right = matrix.diag()
     union = matrix.sum(0) + matrix.sum(1) - right
     iou = torch.where(union > 0, right / union, torch.nan)
-    return Scores(confusion_matrix.cpu(), iou, iou.nanmean().item(), (right.sum() / matrix.sum().clamp_min(1)).item())
+    accuracy = right.sum() / matrix.sum().clamp_min(1)
+    return Scores(confusion_matrix.cpu(), iou, iou.nanmean().item(), accuracy.item())
 
 
 def image_miou(label_1: Tensor, label_2: Tensor, num_classes: int) -> Tensor:
-    """Mean IoU between two label maps for each picture, over the classes that occur in either.
+    """Mean IoU between two label maps for each image, over the classes that occur in either.
 
     Args:
-        label_1, label_2: (N,H,W) labels below `num_classes`; pixels where the first is 255 do not count.
+        label_1: (N,H,W) labels below `num_classes`; pixels where it is 255 do not count.
+        label_2: (N,H,W) labels below `num_classes`.
         num_classes: C.
 
     Returns:
         (N,) float64 in [0,1].
     """
     count, cells = len(label_1), num_classes * num_classes
-    picture = torch.arange(count, device=label_1.device)[:, None, None]
-    pairs = picture * cells + label_1.long() * num_classes + label_2
-    pairs = torch.where(label_1 == IGNORE, count * cells, pairs)
-    matrix = torch.bincount(pairs.flatten(), minlength=count * cells + 1)[:-1].view(count, num_classes, num_classes).double()
+    number = torch.arange(count, device=label_1.device)[:, None, None]  # of the image
+    pairs = number * cells + label_1.long() * num_classes + label_2
+    pairs = torch.where(label_1 == IGNORE, count * cells, pairs)  # one cell more, left out
+    counts = torch.bincount(pairs.flatten(), minlength=count * cells + 1)[:-1]
+    matrix = counts.view(count, num_classes, num_classes).double()
+
     right = matrix.diagonal(dim1=1, dim2=2)
     union = matrix.sum(1) + matrix.sum(2) - right
     return torch.where(union > 0, right / union, torch.nan).nanmean(1)
@@ -81,9 +102,17 @@ def starts(length: int, window: int) -> list[int]:
 
 
 def probabilities(network: nn.Module, images: Tensor, window: int = 0) -> Tensor:
-    """Softmax maps (N,C,H,W) float32 of images (N,3,H,W); with a `window` in pixels, summed over overlapping windows.
+    """Softmax maps of images, from whole images or summed over overlapping windows.
 
     A sum of softmaxes has the same argmax as their average. The released CPS adds logits instead.
+
+    Args:
+        network: gives logits at any resolution.
+        images: (N,3,H,W).
+        window: side of the windows in pixels, 0 for whole images.
+
+    Returns:
+        (N,C,H,W) float32.
     """
     height, width = images.shape[2:]
     if not window or (height <= window and width <= window):
@@ -91,40 +120,61 @@ def probabilities(network: nn.Module, images: Tensor, window: int = 0) -> Tensor
     total = None
     for top in starts(height, window):
         for left in starts(width, window):
-            part = probabilities(network, images[:, :, top : top + window, left : left + window])
+            rows, columns = slice(top, top + window), slice(left, left + window)
+            part = probabilities(network, images[:, :, rows, columns])
             if total is None:
                 total = part.new_zeros(*part.shape[:2], height, width)
-            total[:, :, top : top + window, left : left + window] += part
+            total[:, :, rows, columns] += part
     return total
 
 
-def predict(network: nn.Module, images: Tensor, window: int = 0, impl: str = "auto") -> Tensor:
-    """Labels (N,H,W) of images (N,3,H,W), from whole pictures or sliding windows."""
+def predict(network: nn.Module, images: Tensor, window: int = 0) -> Tensor:
+    """Labels (N,H,W) of images (N,3,H,W), from whole images or sliding windows."""
     if window and (images.shape[2] > window or images.shape[3] > window):
         return probabilities(network, images, window).argmax(1)
-    return pseudo_label(network(images), images.shape[2:], impl=impl).label
+    return pseudo_label(network(images), images.shape[2:]).label
+
+
+@contextmanager
+def evaluating(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """Networks in eval mode, and put back into the mode they had.
+
+    cuDNN does not search for its fastest algorithm meanwhile: it would for each size of image.
+    """
+    modes = [(network, network.training) for network in networks]
+    tuned = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        for network, _ in modes:
+            network.eval()
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = tuned
+        for network, training in modes:
+            network.train(training)
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where a network's parameters are."""
+    return next(network.parameters()).device
 
 
 @torch.no_grad()
 def evaluate(
     networks: dict[str, nn.Module],
-    loader: Iterable[dict],
-    num_classes: int,
-    rt: Runtime,
-    window: int = 0,
+    items: Sequence[Item],
+    data: DataSource,
+    args: argparse.Namespace,
     average: bool = False,
-    impl: str = "auto",
 ) -> dict[str, Scores]:
-    """Score each network, and with `average` the mean of their probabilities, over all pictures of `loader`.
+    """Score networks over images with masks.
 
     Args:
-        networks: name -> network; evaluated in eval mode and put back into the mode they had.
-        loader: batches with `image` (N,H,W,3) uint8 and `target` (N,H,W); this process's share.
-        num_classes: C.
-        rt: the process; matrices are summed over all.
-        window: side of the sliding window in pixels, 0 for whole pictures.
-        average: add an entry "average".
-        impl: passed to the kernels.
+        networks: name -> network, on one device.
+        items: the images, such as `data.val`; every process takes its share.
+        data: the data set.
+        args: `eval_window` in pixels, 0 for whole images; and what the loader reads.
+        average: also score the mean of their probabilities, as "average".
 
     Returns:
         name -> Scores, the same on every process.
@@ -132,62 +182,43 @@ def evaluate(
     Raises:
         Stopped: a signal arrived; the checkpoint before the evaluation is the one to resume from.
     """
-    modes = {name: network.training for name, network in networks.items()}
-    names = [*networks, *(["average"] if average else [])]
-    matrices = torch.zeros(len(names), num_classes, num_classes, dtype=torch.int64, device=rt.device)
-    for network in networks.values():
-        network.eval()
-    tuned, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # pictures of many sizes
-    try:
-        for batch in loader:
-            rt.check_signal()
-            batch = rt.to_device(batch)
-            images = normalise(batch["image"])
-            with rt.autocast():
-                if average:
-                    maps = [probabilities(network, images, window) for network in networks.values()]
-                    predictions = [part.argmax(1) for part in (*maps, sum(maps))]
-                else:
-                    predictions = [predict(network, images, window, impl) for network in networks.values()]
+    device = device_of(next(iter(networks.values())))
+    names = [*networks, "average"] if average else [*networks]
+    shape = len(names), data.num_classes, data.num_classes
+    matrices = torch.zeros(shape, dtype=torch.int64, device=device)
+    with evaluating(networks.values()):
+        for batch in eval_loader(data, items, args):
+            check_signal()
+            images, target = normalise(batch["image"].to(device)), batch["target"].to(device)
+            predictions = predict_all(networks.values(), images, args.eval_window, average)
             for matrix, prediction in zip(matrices, predictions):
-                update(matrix, batch["target"], prediction)
-    finally:
-        torch.backends.cudnn.benchmark = tuned
-        for name, network in networks.items():
-            network.train(modes[name])
-    matrices = rt.add_up(matrices)
+                update(matrix, target, prediction)
+    matrices = distributed.add_up(matrices)
     return {name: scores(matrix) for name, matrix in zip(names, matrices)}
 
 
-def validate(
-    networks: dict[str, nn.Module],
-    data: DataSource,
-    args: argparse.Namespace,
-    rt: Runtime,
-    *,
-    average: bool = False,
-    audit: bool = False,
-) -> tuple[dict[str, Scores], dict[str, float]]:
-    """Score networks on the validation pictures as the settings say.
+def predict_all(
+    networks: Iterable[nn.Module], images: Tensor, window: int, average: bool
+) -> list[Tensor]:
+    """Labels (N,H,W) by each network, and with `average` by the mean of their probabilities."""
+    if not average:
+        return [predict(network, images, window) for network in networks]
+    maps = [probabilities(network, images, window) for network in networks]
+    return [probs.argmax(1) for probs in (*maps, sum(maps))]
 
-    Args:
-        networks: name -> network, the method's result first.
-        data: the data set.
-        args: `eval_window`, `kernels`, and what the loader reads.
-        rt: the process.
-        average: see `evaluate`.
-        audit: where masks of unlabelled pictures are at hand to measure with, measure the first network's labels of these.
+
+def pseudo_accuracy(
+    network: nn.Module, data: DataSource, args: argparse.Namespace
+) -> dict[str, float]:
+    """How many of a network's labels of unlabelled images are right.
+
+    This is measured on the images whose true masks are at hand, `data.audit`; nothing is trained on
+    these masks.
 
     Returns:
-        name -> Scores, and {"pseudo_accuracy": share of right pixels} or {}.
+        {"pseudo_accuracy": share of right pixels in [0,1]}, or {} where no true masks are at hand.
     """
-
-    def on(items, shown, average):
-        loader = eval_loader(data, items, args, rt)
-        return evaluate(shown, loader, data.num_classes, rt, args.eval_window, average, args.kernels)
-
-    results = on(data.val, networks, average)
-    if not audit or not data.audit:
-        return results, {}
-    first = next(iter(networks))
-    return results, {"pseudo_accuracy": on(data.audit, {first: networks[first]}, False)[first].accuracy}
+    if not data.audit:
+        return {}
+    result = evaluate({"network": network}, data.audit, data, args)["network"]
+    return {"pseudo_accuracy": result.accuracy}

@@ -1,14 +1,20 @@
-"""What `common.compare` runs: the methods, and experiments of the papers in small. Data only.
+"""What `common.compare` runs: the methods, and experiments of the papers in small.
 
-Published figures are mIoU in percent, with the network and data of each paper: to compare orders with, not values.
+Published figures are mIoU in percent, with the network and the data of each paper: they are there
+to compare orders with, not values.
 """
 
 from typing import NamedTuple
 
 
 class Variant(NamedTuple):
-    """One row of a table: a script with flags, the paper's mIoU for it by split, where printed there, and how many times as
-    long as the others it trains.
+    """One row of a table.
+
+    Attributes:
+        label: what stands in the row.
+        command: a script with flags.
+        published: the paper's mIoU by split, where it is printed there.
+        times: how many times as long as the other rows it trains.
     """
 
     label: str
@@ -50,13 +56,22 @@ EXPERIMENTS = {
     "cps-cutmix": Experiment(
         "CPS with and without CutMix (published: VOC, ResNet-101)",
         (
-            Variant("CPS without CutMix", "cps.py --no-cutmix", {"1/16": 72.18, "1/8": 75.83, "1/4": 77.55, "1/2": 78.64}),
-            Variant("CPS", "cps.py", {"1/16": 74.48, "1/8": 76.44, "1/4": 77.68, "1/2": 78.64}),
+            Variant(
+                "CPS without CutMix",
+                "cps.py --no-cutmix",
+                {"1/16": 72.18, "1/8": 75.83, "1/4": 77.55, "1/2": 78.64},
+            ),
+            Variant(
+                "CPS",
+                "cps.py",
+                {"1/16": 74.48, "1/8": 76.44, "1/4": 77.68, "1/2": 78.64},
+            ),
         ),
         splits=FOUR,
     ),
     "cps-fig5": Experiment(
-        "CPS against self-training, CPS Fig. 5 (bars without numbers: CPS above self-training, more so when it trains longer)",
+        "CPS against self-training, CPS Fig. 5 "
+        "(bars without numbers: CPS above self-training, more so when it trains longer)",
         (
             Variant("ST", "stpp.py --plain"),
             Variant("CPS without CutMix", "cps.py --no-cutmix"),
@@ -70,7 +85,7 @@ EXPERIMENTS = {
         curve="overlap",
     ),
     "stpp-table5": Experiment(
-        "which pictures to augment strongly, ST++ Table 5 (VOC, ResNet-50, 1/8)",
+        "which images to augment strongly, ST++ Table 5 (VOC, ResNet-50, 1/8)",
         (
             Variant("ST: unlabelled", "stpp.py --plain", {"1/8": 73.3}),
             Variant("ST: none", "stpp.py --plain --strong-aug none", {"1/8": 71.4}),

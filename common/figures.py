@@ -1,23 +1,34 @@
-"""The figures of a run: curves, predictions, ST++'s reliability, U2PL's pixels; and those of `common.compare`."""
+"""The figures of a run, and those of `common.compare`.
+
+curves.png           losses, mIoU and shares over the iterations
+predictions.png      validation images: input, target, prediction
+pseudo_labels.png    unlabelled images: input, truth, pseudo-labels while the training went on
+reliability.png      ST++: how good predictions are by score
+reliable_pixels.png  U2PL: entropy, what is left out, anchors, banks
+"""
 
 import argparse
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from common import checkpoint
+from common import checkpoint, distributed
 from common.augment import normalise
 from common.data import EvalSet
-from common.datasets import DataSource
-from common.evaluate import predict
-from common.runtime import Runtime
-from kernels import pseudo_label
+from common.datasets import DataSource, Item
+from common.evaluate import device_of, evaluating, predict
+from kernels import pseudo_label, set_backend
 
 LONGEST = 512  # pixels of an image's longest side in a figure
 NOT_CURVES = {"iteration", "epoch", "lr", "seconds", "peak_memory_mb"}
+STRIP_COLUMNS = 8  # moments of the training that pseudo_labels.png shows
+
+
+# ---------------------------------------------------------------------------------------- the tools
 
 
 def pyplot():
@@ -30,44 +41,17 @@ def pyplot():
     return plt
 
 
-def curves(rows: list[dict], path: Path) -> None:
-    """Losses, mIoU in percent, and the method's other measures over the iterations, from the rows of metrics.csv."""
-    plt = pyplot()
-    names = [name for name in (rows[0] if rows else {}) if name not in NOT_CURVES and any(row[name] for row in rows)]
-    losses = [name for name in names if name.startswith("loss")]
-    others = [name for name in names if name not in losses and "miou" not in name]
-    panels = [
-        ("training loss", losses, 1),
-        ("validation mIoU, %", [name for name in names if "miou" in name], 100),
-        ("shares, %", others, 100),
-    ]
-    panels = [panel for panel in panels if panel[1]]
-    if not panels:
-        return
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.4), squeeze=False, layout="constrained")
-    for axis, (title, shown, factor) in zip(axes[0], panels):
-        for name in shown:
-            points = [(int(row["iteration"]), factor * float(row[name])) for row in rows if row[name]]
-            axis.plot(*zip(*points), label=name, marker="o" if len(points) < 30 else None, markersize=3)
-        axis.set(title=title, xlabel="iteration")
-        axis.grid(alpha=0.3)
-        axis.legend()
+def save(figure, path: Path) -> None:
+    """Write a figure and forget it."""
     figure.savefig(path, dpi=100)
-    plt.close(figure)
+    pyplot().close(figure)
 
 
-def colourise(labels: np.ndarray, colours: tuple) -> np.ndarray:
+def colourise(labels: np.ndarray, colours: Sequence) -> np.ndarray:
     """(H,W) labels as (H,W,3) uint8 colours; 255 (ignored) is white."""
     table = np.full((256, 3), 255, np.uint8)
     table[: len(colours)] = colours
     return table[labels]
-
-
-def some_pictures(data: DataSource, count: int) -> list[dict]:
-    """`count` samples, or all, spread evenly over the validation pictures."""
-    items = data.val[:: max(1, len(data.val) // count)][:count]
-    part = EvalSet(data, items)
-    return [part[index] for index in range(len(items))]
 
 
 def shrink(pixels: np.ndarray, longest: int = LONGEST) -> np.ndarray:
@@ -80,180 +64,332 @@ def shrink(pixels: np.ndarray, longest: int = LONGEST) -> np.ndarray:
     return pixels[::step, ::step]
 
 
+def spread(items: Sequence[Item], count: int) -> Sequence[Item]:
+    """`count` items, or all, evenly spaced."""
+    return items[:: max(1, len(items) // count)][:count]
+
+
+def some_images(data: DataSource, items: Sequence[Item], count: int) -> list[dict]:
+    """Samples of `count` images, or of all, evenly spaced."""
+    part = EvalSet(data, spread(items, count))
+    return [part[index] for index in range(len(part))]
+
+
 @torch.no_grad()
-def predictions(
-    network: nn.Module, data: DataSource, args: argparse.Namespace, rt: Runtime, path: Path, count: int = 6
+def labels_of(network: nn.Module, sample: dict, window: int) -> np.ndarray:
+    """The labels (H,W) that a network gives an image."""
+    images = normalise(sample["image"][None].to(device_of(network)))
+    with evaluating([network]):
+        return predict(network, images, window)[0].cpu().numpy().astype(np.uint8)
+
+
+def grid(
+    columns: dict[str, list[np.ndarray]], data: DataSource, path: Path, side: float = 1.8
 ) -> None:
-    """A row of `count` validation pictures each: input, target, prediction."""
-    plt = pyplot()
-    samples = some_pictures(data, count)
-    rows = [[], [], []]
-    was_training = network.training
-    network.eval()
-    for sample in samples:
-        labels = predict(network, normalise(sample["image"][None].to(rt.device)), args.eval_window, args.kernels)[0]
-        image, target, labels = (
-            shrink(part.cpu().numpy()) for part in (sample["image"], sample["target"], labels)
-        )
-        shown = image, colourise(target, data.colours), colourise(labels, data.colours)
-        for row, picture in zip(rows, shown):
-            row.append(picture)
-    network.train(was_training)
-    figure, axes = plt.subplots(3, len(samples), figsize=(2.2 * len(samples), 5.6), squeeze=False, layout="constrained")
-    for line, title, row in zip(axes, ("input", "target", "prediction"), rows):
-        for axis, picture in zip(line, row):
-            axis.imshow(picture, interpolation="nearest")
+    """Images beside each other, a column a title, with the classes' colours below.
+
+    Args:
+        columns: title -> (H,W,3) uint8 images, one a row.
+        data: classes and colours.
+        path: of the PNG.
+        side: of a cell, inches.
+    """
+    rows = len(next(iter(columns.values())))
+    size = side * len(columns), side * rows + 0.5
+    figure, axes = pyplot().subplots(
+        rows, len(columns), figsize=size, squeeze=False, layout="constrained"
+    )
+    for line, (title, images) in zip(axes.T, columns.items()):
+        for axis, image in zip(line, images):
+            axis.imshow(shrink(image), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(title)
+        line[0].set_title(title, fontsize=9)
     legend(figure, data)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path)
 
 
 def legend(figure, data: DataSource) -> None:
     """The classes' colours, below a figure."""
-    patches = [pyplot().Rectangle((0, 0), 1, 1, color=np.array(colour) / 255) for colour in data.colours]
-    figure.legend(patches, data.classes, loc="outside lower center", ncols=min(len(data.classes), 7), fontsize=8)
+    colours = np.array(data.colours) / 255
+    patches = [pyplot().Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
+    columns = min(len(data.classes), 7)
+    figure.legend(patches, data.classes, loc="outside lower center", ncols=columns, fontsize=8)
+
+
+# ---------------------------------------------------------------------------------- of every run
+
+
+def curves(rows: list[dict], path: Path) -> None:
+    """Losses, mIoU in percent, and other measures over the iterations, from rows of metrics.csv."""
+    measured = {name for row in rows for name, value in row.items() if value} - NOT_CURVES
+    names = [name for name in (rows[0] if rows else ()) if name in measured]
+    losses = [name for name in names if name.startswith("loss")]
+    mious = [name for name in names if "miou" in name]
+    others = [name for name in names if name not in (*losses, *mious)]
+    panels = [
+        ("training loss", losses, 1),
+        ("validation mIoU, %", mious, 100),
+        ("shares, %", others, 100),
+    ]
+    panels = [panel for panel in panels if panel[1]]
+    if not panels:
+        return
+    size = 4.6 * len(panels), 3.4
+    figure, axes = pyplot().subplots(
+        1, len(panels), figsize=size, squeeze=False, layout="constrained"
+    )
+    for axis, (title, shown, factor) in zip(axes[0], panels):
+        for name in shown:
+            points = [
+                (int(row["iteration"]), factor * float(row[name])) for row in rows if row[name]
+            ]
+            marker = "o" if len(points) < 30 else None
+            axis.plot(*zip(*points), label=name, marker=marker, markersize=3)
+        axis.set(title=title, xlabel="iteration")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    save(figure, path)
+
+
+def predictions(
+    network: nn.Module, data: DataSource, args: argparse.Namespace, path: Path, count: int = 6
+) -> None:
+    """Validation images: input, target and prediction, an image a row."""
+    samples = some_images(data, data.val, count)
+    columns = {"input": [], "target": [], "prediction": []}
+    for sample in samples:
+        labels = labels_of(network, sample, args.eval_window)
+        columns["input"].append(sample["image"].numpy())
+        columns["target"].append(colourise(sample["target"].numpy(), data.colours))
+        columns["prediction"].append(colourise(labels, data.colours))
+    grid(columns, data, path)
+
+
+def read_pseudo_labels(run: Path) -> dict[str, np.ndarray]:
+    """What `keep_pseudo_labels` kept: "ITERATION/NAME" -> labels (H,W)."""
+    path = run / "pseudo_labels.npz"
+    if not path.is_file():
+        return {}
+    with np.load(path) as kept:
+        return dict(kept)
+
+
+def keep_pseudo_labels(
+    network: nn.Module, iteration: int, data: DataSource, args: argparse.Namespace, count: int = 4
+) -> None:
+    """Add the network's present labels of some unlabelled images to RUN/pseudo_labels.npz.
+
+    Only images whose true masks are at hand, to be shown beside them.
+    """
+    if not data.audit or not distributed.is_main():
+        return
+    run = Path(args.output_dir)
+    kept = read_pseudo_labels(run)
+    for sample in some_images(data, data.audit, count):
+        kept[f"{iteration}/{sample['name']}"] = labels_of(network, sample, args.eval_window)
+    part = run / "pseudo_labels.part"
+    with open(part, "wb") as file:
+        np.savez_compressed(file, **kept)
+    part.replace(run / "pseudo_labels.npz")
+
+
+def pseudo_label_strip(data: DataSource, args: argparse.Namespace, count: int = 4) -> None:
+    """Draw what `keep_pseudo_labels` kept, to RUN/figures/pseudo_labels.png.
+
+    An image a row: input, truth, and the labels at some iterations.
+    """
+    run = Path(args.output_dir)
+    kept = read_pseudo_labels(run)
+    iterations = sorted({int(key.split("/")[0]) for key in kept})
+    places = np.linspace(0, len(iterations) - 1, min(STRIP_COLUMNS, len(iterations))).round()
+    shown = [iterations[place] for place in places.astype(int)]
+    samples = [
+        sample
+        for sample in some_images(data, data.audit, count)
+        if all(f"{iteration}/{sample['name']}" in kept for iteration in shown)
+    ]  # of a run that goes on without an image the others may not have been kept before
+    if not shown or not samples:
+        return
+    columns = {
+        "input": [sample["image"].numpy() for sample in samples],
+        "truth": [colourise(sample["target"].numpy(), data.colours) for sample in samples],
+    }
+    for iteration in shown:
+        labels = [kept[f"{iteration}/{sample['name']}"] for sample in samples]
+        columns[str(iteration)] = [colourise(part, data.colours) for part in labels]
+    grid(columns, data, run / "figures" / "pseudo_labels.png", side=1.3)
+
+
+# ------------------------------------------------------------------------------ of single methods
+
+
+def reliability_figure(points: list[tuple[float, float, bool]], path: Path) -> None:
+    """How good the predictions on reliable and other images are.
+
+    Args:
+        points: (reliability score, mIoU of the last checkpoint's prediction, whether reliable) of
+            each image.
+        path: of the PNG.
+    """
+    figure, axis = pyplot().subplots(figsize=(5, 3.6), layout="constrained")
+    for chosen, label in ((True, "reliable"), (False, "unreliable")):
+        part = [(score, 100 * miou) for score, miou, reliable in points if reliable == chosen]
+        if part:
+            mean = sum(miou for _, miou in part) / len(part)
+            axis.scatter(*zip(*part), s=10, label=f"{label}: {len(part)}, mean {mean:.1f}")
+    axis.set(xlabel="reliability score", ylabel="mIoU of the image's prediction, %")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    save(figure, path)
+
+
+@torch.no_grad()
+def reliable_pixels_figure(
+    teacher: nn.Module, fill: Tensor | None, sure: float, data: DataSource, args: argparse.Namespace
+) -> None:
+    """U2PL's view of four validation images, to RUN/figures/reliable_pixels.png.
+
+    Rows: input, prediction, entropy, and the pixels that are reliable (green) and unreliable (red)
+    at α_0. Below, for each class, how full its memory bank is, and the share of the pixels
+    predicted as it that qualify as anchors.
+
+    Args:
+        teacher: the network.
+        fill: (C,) shares of the banks; None without them.
+        sure: probability that an anchor must exceed.
+        data: the data set.
+        args: `alpha0` in percent, `output_dir`.
+    """
+    if not distributed.is_main():
+        return
+    samples = some_images(data, data.val, 4)
+    found = []
+    for sample in samples:
+        with evaluating([teacher]):
+            logits = teacher(normalise(sample["image"][None].to(device_of(teacher))))
+        size = sample["image"].shape[:2]
+        maps = pseudo_label(logits, size, with_confidence=True, with_entropy=True)
+        found.append([part[0].cpu().numpy() for part in maps])
+
+    everywhere = np.concatenate([entropy.ravel() for *_, entropy in found])
+    low, high = np.percentile(everywhere, [args.alpha0, 100 - args.alpha0])
+    figure = pyplot().figure(figsize=(2.2 * len(samples), 9.5), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(4, 1.2))
+    draw_pixels(upper, samples, found, high, data, args.alpha0)
+    shares = {"anchors among its pixels, %": anchor_shares(found, low, sure, len(data.classes))}
+    if fill is not None:
+        shares["fill of the memory bank, %"] = fill.cpu().numpy()
+    draw_shares(lower, shares, data)
+    save(figure, Path(args.output_dir) / "figures" / "reliable_pixels.png")
+
+
+def draw_pixels(
+    figure, samples: list[dict], found: list, high: float, data: DataSource, alpha: float
+) -> None:
+    """The upper part of `reliable_pixels_figure`: a column an image."""
+    axes = figure.subplots(4, len(samples), squeeze=False)
+    for column, sample, (label, _, entropy) in zip(axes.T, samples, found):
+        parts = np.where((entropy >= high)[..., None], (214, 69, 65), (96, 169, 96)).astype(
+            np.uint8
+        )
+        rows = sample["image"].numpy(), colourise(label, data.colours), entropy, parts
+        for axis, image in zip(column, rows):
+            axis.imshow(
+                shrink(image), interpolation="nearest", vmin=0, vmax=np.log(len(data.classes))
+            )
+            axis.set(xticks=[], yticks=[])
+    titles = ("input", "prediction", "entropy", f"highest {alpha:g} % red")
+    for axis, title in zip(axes[:, 0], titles):
+        axis.set_ylabel(title)
+
+
+def anchor_shares(found: list, low: float, sure: float, classes: int) -> np.ndarray:
+    """Share of the pixels predicted as each class that are sure and of low entropy."""
+    predicted, anchors = np.zeros(classes), np.zeros(classes)
+    for label, confidence, entropy in found:
+        predicted += np.bincount(label.ravel(), minlength=classes)
+        chosen = label[(confidence > sure) & (entropy <= low)]
+        anchors += np.bincount(chosen, minlength=classes)
+    return anchors / predicted.clip(1)
+
+
+def draw_shares(figure, shares: dict[str, np.ndarray], data: DataSource) -> None:
+    """The lower part of `reliable_pixels_figure`: a bar a class."""
+    axes = figure.subplots(1, len(shares), squeeze=False)[0]
+    for axis, (title, values) in zip(axes, shares.items()):
+        colours = np.array(data.colours) / 255
+        axis.barh(data.classes, 100 * values, color=colours, edgecolor="grey")
+        axis.tick_params(labelsize=7)
+        axis.invert_yaxis()
+        axis.set_title(title, fontsize=9)
+
+
+# ------------------------------------------------------------------------------- of a comparison
 
 
 def bars(labels: list[str], values: list[list[float]], path: Path) -> None:
-    """Means of the mIoU in percent as bars, with the standard deviation and every seed's value as a dot."""
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(1.6 + 0.9 * len(labels), 3.8), layout="constrained")
+    """Means of the mIoU in percent as bars, with the standard deviation, and each seed as a dot."""
+    size = 1.6 + 0.9 * len(labels), 3.8
+    figure, axis = pyplot().subplots(figsize=size, layout="constrained")
     for place, seeds in enumerate(values):
-        spread = np.std(seeds, ddof=1) if len(seeds) > 1 else 0.0
-        axis.bar(place, np.mean(seeds), yerr=spread, capsize=4, color="tab:blue", alpha=0.7)
+        deviation = np.std(seeds, ddof=1) if len(seeds) > 1 else 0.0
+        axis.bar(place, np.mean(seeds), yerr=deviation, capsize=4, color="tab:blue", alpha=0.7)
         axis.scatter([place] * len(seeds), seeds, s=10, color="black", zorder=3)
     lowest, highest = min(map(min, values)), max(map(max, values))
-    axis.set_ylim(max(0.0, lowest - 2 * (highest - lowest) - 1), highest + 0.3 * (highest - lowest) + 1)
+    margin = highest - lowest
+    axis.set_ylim(max(0.0, lowest - 2 * margin - 1), highest + 0.3 * margin + 1)
     axis.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=8)
     axis.set_ylabel("mIoU, % (axis cut)")
     axis.grid(axis="y", alpha=0.3)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path)
 
 
 def measure_curves(runs: dict[str, list[Path]], measure: str, path: Path) -> None:
-    """A column of metrics.csv over the iterations, in percent: the mean over the files of each label."""
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    """A column of metrics.csv over the iterations, in percent: the mean over each label's files."""
+    figure, axis = pyplot().subplots(figsize=(5, 3.6), layout="constrained")
     for label, files in runs.items():
         points: dict[int, list[float]] = {}
         for file in files:
             with open(file, newline="") as text:
                 for row in csv.DictReader(text):
                     if row[measure]:
-                        points.setdefault(int(row["iteration"]), []).append(100 * float(row[measure]))
-        axis.plot(*zip(*((iteration, np.mean(points[iteration])) for iteration in sorted(points))), label=label, marker=".")
+                        value = 100 * float(row[measure])
+                        points.setdefault(int(row["iteration"]), []).append(value)
+        iterations = sorted(points)
+        means = [np.mean(points[iteration]) for iteration in iterations]
+        axis.plot(iterations, means, label=label, marker=".")
     axis.set(xlabel="iteration", ylabel=f"{measure}, %")
     axis.grid(alpha=0.3)
     axis.legend()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path)
 
 
-@torch.no_grad()
-def side_by_side(runs: dict[str, Path], path: Path, count: int = 5) -> None:
-    """A page of `count` validation pictures: input, target, and the prediction of the last checkpoint of each run."""
+def side_by_side(runs: dict[str, Path], path: Path, count: int = 5, side: float = 1.8) -> None:
+    """Validation images: input, target, and the prediction of the last checkpoint of each run.
+
+    Args:
+        runs: label -> run folder; the data set is the first one's.
+        path: of the PNG.
+        count: images, evenly spaced.
+        side: of an image in the figure, inches.
+    """
     from common import datasets
     from common.predict import load_network
 
-    plt = pyplot()
-    settings = argparse.Namespace(**checkpoint.read_description(next(iter(runs.values())))["args"])
+    first = checkpoint.read_description(next(iter(runs.values())))
+    settings = argparse.Namespace(**first["args"])
     # The runs' device, or the CPU where they come from a machine with a GPU and this one has none.
-    device = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
-    impl = "torch" if settings.kernels == "torch" else "auto"
-    networks = {label: load_network(folder, "last", None, device) for label, folder in runs.items()}
+    cuda = settings.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    set_backend("torch" if settings.kernels == "torch" else "auto")
     data = datasets.load(settings)
-    samples = some_pictures(data, count)
-    figure, axes = plt.subplots(
-        len(samples), 2 + len(runs), figsize=(1.7 * (2 + len(runs)), 1.8 * len(samples)), squeeze=False, layout="constrained"
-    )
-    for line, sample in zip(axes, samples):
-        target = colourise(shrink(sample["target"].numpy()), data.colours)
-        shown = {"input": shrink(sample["image"].numpy()), "target": target}
-        for label, (network, _) in networks.items():
-            labels = predict(network, normalise(sample["image"][None].to(device)), settings.eval_window, impl)[0]
-            shown[label] = colourise(shrink(labels.cpu().numpy()), data.colours)
-        for axis, (label, picture) in zip(line, shown.items()):
-            axis.imshow(picture, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            if line[0] is axes[0, 0]:
-                axis.set_title(label, fontsize=8)
-    legend(figure, data)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-def reliability_figure(points: list[tuple[float, float, bool]], path: Path) -> None:
-    """How good the predictions on reliable and other pictures are.
-
-    Args:
-        points: (reliability score, mIoU of the last checkpoint's prediction, whether reliable) of each picture.
-        path: of the PNG.
-    """
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
-    for chosen, label in ((True, "reliable"), (False, "unreliable")):
-        part = [(score, 100 * miou) for score, miou, reliable in points if reliable == chosen]
-        if part:
-            mean = sum(miou for _, miou in part) / len(part)
-            axis.scatter(*zip(*part), s=10, label=f"{label}: {len(part)}, mean {mean:.1f}")
-    axis.set(xlabel="reliability score", ylabel="mIoU of the picture's prediction, %")
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-@torch.no_grad()
-def reliable_pixels_figure(
-    teacher: nn.Module, fill: torch.Tensor | None, sure: float, data: DataSource, args: argparse.Namespace, rt: Runtime
-) -> None:
-    """U2PL's view of four validation pictures, to RUN/figures/reliable_pixels.png.
-
-    Rows: input, prediction, entropy, and the pixels that are reliable (green) and unreliable (red) at α_0. Below, for each
-    class, how full its memory bank is, and the share of the pixels predicted as it that qualify as anchors.
-
-    Args:
-        teacher: in eval mode.
-        fill: (C,) shares of the banks; None without them.
-        sure: probability that an anchor must exceed.
-        data: the data set.
-        args: `alpha0` in percent, `kernels`, `output_dir`.
-        rt: the process.
-    """
-    plt = pyplot()
-    samples = some_pictures(data, 4)
-    found = []
-    for sample in samples:
-        with rt.autocast():
-            logits = teacher.eval()(normalise(sample["image"][None].to(rt.device)))
-        size = sample["image"].shape[:2]
-        result = pseudo_label(logits, size, with_confidence=True, with_entropy=True, impl=args.kernels)
-        found.append([part[0].cpu().numpy() for part in result])
-    low, high = np.percentile(np.concatenate([entropy.ravel() for *_, entropy in found]), [args.alpha0, 100 - args.alpha0])
-    predicted = np.zeros(len(data.classes))
-    anchors = predicted.copy()
-    figure = plt.figure(figsize=(2.2 * len(samples), 9.5), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(4, 1.2))
-    axes = upper.subplots(4, len(samples), squeeze=False)
-    for column, sample, (label, confidence, entropy) in zip(axes.T, samples, found):
-        parts = np.where((entropy >= high)[..., None], (214, 69, 65), (96, 169, 96)).astype(np.uint8)
-        for axis, image in zip(column, (sample["image"].numpy(), colourise(label, data.colours), entropy, parts)):
-            axis.imshow(shrink(image), interpolation="nearest", vmin=0, vmax=np.log(len(data.classes)))
-            axis.set(xticks=[], yticks=[])
-        predicted += np.bincount(label.ravel(), minlength=len(predicted))
-        anchors += np.bincount(label[(confidence > sure) & (entropy <= low)], minlength=len(predicted))
-    for axis, title in zip(axes[:, 0], ("input", "prediction", "entropy", f"highest {args.alpha0:g} % red")):
-        axis.set_ylabel(title)
-    shares = {"anchors among its pixels, %": anchors / predicted.clip(1)}
-    if fill is not None:
-        shares["fill of the memory bank, %"] = fill.cpu()
-    for axis, (title, values) in zip(lower.subplots(1, len(shares), squeeze=False)[0], shares.items()):
-        axis.barh(data.classes, 100 * np.asarray(values), color=np.array(data.colours) / 255, edgecolor="grey")
-        axis.tick_params(labelsize=7)
-        axis.invert_yaxis()
-        axis.set_title(title, fontsize=9)
-    figure.savefig(Path(args.output_dir) / "figures" / "reliable_pixels.png", dpi=100)
-    plt.close(figure)
+    samples = some_images(data, data.val, count)
+    columns = {
+        "input": [sample["image"].numpy() for sample in samples],
+        "target": [colourise(sample["target"].numpy(), data.colours) for sample in samples],
+    }
+    for label, folder in runs.items():
+        network, _ = load_network(folder, "last", None, device)
+        labels = [labels_of(network, sample, settings.eval_window) for sample in samples]
+        columns[label] = [colourise(part, data.colours) for part in labels]
+    grid(columns, data, path, side)

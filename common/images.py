@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
 from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png, read_file
@@ -18,16 +19,18 @@ from torchvision.io import ImageReadMode, decode_jpeg, decode_png, read_file
 from common import InputError
 from common.augment import IGNORE
 
-FORMATS = (
-    "PNG",
-    "JPEG",
-)  # PIL tries no other: it would start Ghostscript for an EPS file, whatever the file's name
+# PIL tries no other: it would start Ghostscript for an EPS file, whatever the file's name.
+FORMATS = ("PNG", "JPEG")
 INVALID = 254  # in a `LabelTable`: no class has this number, since there are at most 254 classes
+# torchvision gives PIL's very pixels in less time. The PNG decoder of newer versions ends the
+# process on a damaged file (a segmentation fault in 0.29.1); that of 0.26 raises an error.
+FAST_DECODERS = {"JPEG": decode_jpeg}
+if tuple(map(int, torchvision.__version__.split(".")[:2])) <= (0, 26):
+    FAST_DECODERS["PNG"] = decode_png
 TAIL = 4096  # bytes at a file's end that are searched for its end marker
 
-Box = tuple[
-    int, int, int, int
-]  # left, top, right, bottom in pixels; the last two are one past the end
+# left, top, right, bottom in pixels; the last two are one past the end
+Box = tuple[int, int, int, int]
 
 # What undoes each EXIF orientation. 1 is upright.
 TURNS = {
@@ -63,13 +66,10 @@ def naming_if_too_large(path: Path | int) -> Iterator[None]:
     """Turn a lack of memory inside into an InputError that names the image; other errors pass."""
     try:
         yield
-    except (
-        MemoryError,
-        RuntimeError,
-    ) as error:  # torch reports a lack of main memory as a plain RuntimeError
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(
-            error
-        ):
+    except (MemoryError, RuntimeError) as error:
+        # torch reports a lack of main memory as a plain RuntimeError.
+        of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if of_memory or "allocate memory" in str(error):
             raise InputError(f"{path}: too large for this machine's memory") from None
         raise
 
@@ -173,7 +173,7 @@ class ImageFile:
         drafted = getattr(self.header, "decoderconfig", ())
         if self.orientation != 1 or self.header.mode != "RGB" or drafted:
             return None
-        decoder = {"PNG": decode_png, "JPEG": decode_jpeg}.get(self.header.format)
+        decoder = FAST_DECODERS.get(self.header.format)
         try:
             pixels = decoder and decoder(read_file(str(self.path)), ImageReadMode.RGB)
         except (RuntimeError, UnicodeError):  # PIL succeeds, or says what is wrong
@@ -273,9 +273,8 @@ def exif_orientation(header: Image.Image) -> int:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Decode to 8-bit RGB; 16-bit grey is scaled, not clipped, as PIL's `convert` would."""
     if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert(
-            "RGB"
-        )
+        high_byte = np.asarray(image).astype(np.uint32) >> 8
+        return Image.fromarray(high_byte.astype(np.uint8)).convert("RGB")
     image.load()
     return image if image.mode == "RGB" else image.convert("RGB")
 
@@ -326,9 +325,8 @@ class LabelTable:
             InputError: a label that is neither a class nor 255; names the file and the values.
         """
         # bytearray.translate takes a third of the time of numpy's indexing.
-        labels = np.frombuffer(bytearray(values.tobytes()).translate(self.bytes), np.uint8).reshape(
-            values.shape
-        )
+        looked_up = bytearray(values.tobytes()).translate(self.bytes)
+        labels = np.frombuffer(looked_up, np.uint8).reshape(values.shape)
         wrong = labels == INVALID
         if wrong.any():
             refuse_labels(values[wrong], f"0 to {self.num_classes - 1} and 255 (ignored)", path)

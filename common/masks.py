@@ -11,24 +11,29 @@ from common.images import open_image
 
 
 def write_mask(path: Path, labels: Tensor, colours: list | tuple) -> None:
-    """Write labels (H,W) as an indexed PNG, value = label, palette = `colours`; whole or not at all.
+    """Write labels as an indexed PNG; whole or not at all.
+
+    Args:
+        path: the file; its folder is made.
+        labels: (H,W), the values in the file.
+        colours: an RGB triple a class, the palette.
 
     Raises:
         InputError: the disk is full or the folder cannot be written to.
     """
-    picture = Image.fromarray(labels.to(torch.uint8).numpy())
-    picture.putpalette([value for colour in colours for value in colour])
+    image = Image.fromarray(labels.to(torch.uint8).numpy())
+    image.putpalette([value for colour in colours for value in colour])
     part = path.with_suffix(".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(part, format="PNG")
+        image.save(part, format="PNG")
         part.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error}") from None
 
 
 def read_mask(path: Path) -> Tensor:
-    """Labels (H,W) uint8 of such a file.
+    """Labels (H,W) uint8 of a mask that `write_mask` wrote.
 
     Raises:
         InputError: it cannot be read.

@@ -86,12 +86,13 @@ class Normalise(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         features, weight, mean, var = ctx.saved_tensors
         last = features.is_contiguous(memory_format=torch.channels_last)
-        gradient = gradient.contiguous(
-            memory_format=torch.channels_last if last else torch.contiguous_format
-        )
+        layout = torch.channels_last if last else torch.contiguous_format
+        gradient = gradient.contiguous(memory_format=layout)
+
         std = (var + ctx.eps).sqrt()
+        wanted = [False, True, True]  # the gradients of weight and bias, not of the input
         _, for_weight, for_bias = torch.ops.aten.native_batch_norm_backward(
-            gradient, features, weight, None, None, mean, 1 / std, True, ctx.eps, [False, True, True]
+            gradient, features, weight, None, None, mean, 1 / std, True, ctx.eps, wanted
         )
         sums = torch.stack([for_weight, for_bias])
         dist.all_reduce(sums)
@@ -108,7 +109,20 @@ def input_gradient(
     sums: Tensor,
     count: int,
 ) -> Tensor:
-    """∂L/∂x of `Normalise`, (N,C,H,W): std (C,) is sqrt(var + eps), sums (2,C) are Σ g·x̂ and Σ g."""
+    """∂L/∂x of `Normalise`.
+
+    Args:
+        gradient: g, (N,C,H,W).
+        features: x, (N,C,H,W).
+        weight: w, (C,).
+        mean: (C,).
+        std: sqrt(var + eps), (C,).
+        sums: Σ g·x̂ and Σ g over all processes, (2,C).
+        count: M, the elements of a channel on all processes.
+
+    Returns:
+        (N,C,H,W) of the type of the features.
+    """
     if features.is_cuda:  # one kernel, which wants Σ g·(x - mean)
         counts = torch.full((1,), count, dtype=torch.int32, device=features.device)
         return torch.batch_norm_backward_elemt(

@@ -1,0 +1,39 @@
+"""How long a run is, and after which iterations it evaluates and saves."""
+
+import argparse
+
+
+class Schedule:
+    """The iterations of a run.
+
+    Args:
+        args: `max_iters` or `epochs`; `eval_iters` or `eval_interval` (epochs); `save_interval`;
+            `batch_size`.
+        images: images that an epoch passes over.
+        processes: how many share a batch, each with `batch_size` images.
+    """
+
+    def __init__(self, args: argparse.Namespace, images: int, processes: int):
+        self.per_epoch = max(1, images // (args.batch_size * processes))
+        self.total = args.max_iters or args.epochs * self.per_epoch
+        self.eval_every = args.eval_iters or args.eval_interval * self.per_epoch
+        self.save_every = args.save_interval
+
+    def evaluates(self, done: int) -> bool:
+        """Whether an evaluation follows iteration `done`; one always follows the last."""
+        return done > 0 and (done % self.eval_every == 0 or done == self.total)
+
+    def saves(self, done: int) -> bool:
+        """Whether a checkpoint follows iteration `done`; one always precedes an evaluation."""
+        return done > 0 and (done % self.save_every == 0 or self.evaluates(done))
+
+    def factor(self, done: int) -> float:
+        """The poly learning rate's factor, (1 - done/total)^0.9.
+
+        Source: Liu et al., ParseNet, arXiv:1506.04579; Chen et al., DeepLab, arXiv:1606.00915.
+        """
+        return max(0.0, 1 - done / self.total) ** 0.9
+
+    def __str__(self) -> str:
+        epochs = self.total / self.per_epoch
+        return f"{self.total} iterations ({epochs:.4g} epochs of {self.per_epoch} iterations each)"

@@ -1,0 +1,252 @@
+"""Time a whole training step with the kernels, and the usual way in their place.
+
+    python -m common.step cps|u2pl [--device cpu]
+
+Both ways train the same networks on the same random batch. The usual way interpolates the logits to
+full resolution and calls PyTorch's own functions there (`kernels/usual.py`).
+
+For U2PL it also has the data structures of the released code: percentiles by NumPy on the host,
+queues of keys in the host's memory, a loop over the classes, and a class's whole queue copied to
+the device to draw from it. Both ways take the same negatives, the paper's, at most as many new
+ones a class and step. Both start with full banks, whose memory on the device counts.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import SimpleNamespace
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import cps
+import u2pl
+from common import losses
+from common.deeplabv3plus import DeepLabV3Plus
+from common.run import place
+from kernels.timing import peak_cpu, time_cpu, time_gpu
+from kernels.usual import usual_cross_entropy, usual_drop, usual_percentile, usual_pseudo_label
+
+CLASSES = 21  # of VOC
+LEARNING_RATE = 1e-3  # small: random labels are not to be learned
+MILLISECONDS, REPEATS = 5000, 5  # for how long a GPU, and how often a CPU, repeats a step
+
+# What stands in a method's step for the usual way: (module, name, function).
+USUAL = {
+    "cps": [
+        (cps, "pseudo_label", usual_pseudo_label),
+        (losses, "cross_entropy", usual_cross_entropy),
+    ],
+    "u2pl": [
+        (u2pl, "pseudo_label", usual_pseudo_label),
+        (losses, "cross_entropy", usual_cross_entropy),
+        (u2pl, "cross_entropy", usual_cross_entropy),
+        (u2pl, "masked_percentile", usual_percentile),
+        (u2pl, "drop_unreliable", usual_drop),
+    ],
+}
+
+
+class Way(NamedTuple):
+    """One of the two ways to do a training step.
+
+    Attributes:
+        step: does a training step, returns its loss.
+        replaced: what to put in place of what meanwhile, see `USUAL`.
+        bank: the memory bank's tensors.
+    """
+
+    step: Callable[[], Tensor]
+    replaced: list[tuple[object, str, object]]
+    bank: list[Tensor]
+
+
+def settings(method: str, device: torch.device) -> argparse.Namespace:
+    """The method's settings: on a GPU VOC's with crops of 512 pixels, on a CPU small ones."""
+    cuda = device.type == "cuda"
+    size, count, backbone = (512, 8, "resnet50") if cuda else (128, 2, "resnet18")
+    flags = ["--data", "voc", "--weights", "none", "--backbone", backbone, "--max-iters", "1000"]
+    flags += ["--crop-size", str(size), "-b", str(count)]
+    flags += ["--device", device.type, "--amp", "bf16" if cuda else "off"]
+    if method == "cps":
+        return cps.parse_args(flags)
+    return u2pl.parse_args([*flags, "--warmup-iters", "0"])
+
+
+def random_batch(args: argparse.Namespace, device: torch.device) -> dict[str, Tensor]:
+    """What a loader gives, on the device: images, labels, no padding."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (args.batch_size, args.crop_size, args.crop_size)
+    batch = {
+        "image": torch.randint(0, 256, (*shape, 3), generator=generator, dtype=torch.uint8),
+        "valid_mask": torch.ones(shape, dtype=torch.bool),
+        "target": torch.randint(0, CLASSES, shape, generator=generator, dtype=torch.uint8),
+    }
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """The optimiser's step."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+
+
+def cps_ways(args: argparse.Namespace, device: torch.device) -> tuple[Way, Way]:
+    """A step of CPS: the usual way, and with the kernels."""
+    f1, f2 = (
+        place(DeepLabV3Plus.from_settings(args, CLASSES), args, device).train() for _ in range(2)
+    )
+    optimizer = torch.optim.SGD([*f1.parameters(), *f2.parameters()], lr=LEARNING_RATE)
+    batch = random_batch(args, device)
+
+    def step() -> Tensor:
+        loss = cps.train_step(f1, f2, batch, [batch, batch], 0, args, background=0)["loss"]
+        update(optimizer, loss)
+        return loss
+
+    return Way(step, USUAL["cps"], []), Way(step, [], [])
+
+
+def u2pl_ways(args: argparse.Namespace, device: torch.device) -> tuple[Way, Way]:
+    """A step of U2PL: the usual way, and with the kernels; each with a full bank of its own."""
+    student = place(u2pl.Network(args, CLASSES), args, device).train()
+    teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    optimizer = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
+    batch = random_batch(args, device)
+
+    bank = u2pl.MemoryBank(CLASSES, u2pl.CAPACITY, student.feature_channels, device)
+    generator = torch.Generator().manual_seed(0)
+    bank.keys.copy_(F.normalize(torch.randn(bank.keys.shape, generator=generator), dim=2))
+    bank.filled.fill_(u2pl.CAPACITY)
+    # `keys` and `filled` are what the step's measures read.
+    queues = SimpleNamespace(
+        lists=list(bank.keys.float().cpu()), keys=bank.keys, filled=bank.filled
+    )
+
+    def step(bank) -> Tensor:
+        measured = u2pl.train_step(student, teacher, bank, batch, batch, 0, args.max_iters, args)
+        update(optimizer, measured["loss"])
+        u2pl.ema_update(teacher, student, args.ema_decay)
+        return measured["loss"]
+
+    # Every pixel may be an anchor: untrained networks are sure of nothing.
+    sure = (u2pl, "SURE", 0.0)
+    contrast = (u2pl, "contrast_loss", usual_contrast_loss)
+    return (
+        Way(lambda: step(queues), [*USUAL["u2pl"], contrast, sure], queues.lists),
+        Way(lambda: step(bank), [sure], [bank.keys]),
+    )
+
+
+def usual_contrast_loss(
+    features: Tensor, features_t: Tensor, roles: tuple[Tensor, Tensor, Tensor], queues
+) -> tuple[Tensor, Tensor]:
+    """`u2pl.contrast_loss` the usual way.
+
+    Args:
+        features, features_t, roles: as there.
+        queues: its attribute `lists` holds for each class a tensor (keys,D) float32 on the host.
+    """
+    # (P,D), P the pixels of all images
+    vectors, vectors_t = (x.permute(0, 2, 3, 1).flatten(0, 2) for x in (features, features_t))
+    loss, present = 0.0, 0
+    for c, (member, candidate, negative) in enumerate(zip(*roles)):
+        if member.sum() == 0:
+            continue
+        present += 1
+        positive = vectors_t[member].float().mean(0)
+
+        # New negatives enter the queue.
+        new = vectors_t[negative]
+        new = new[torch.randperm(len(new), device=new.device)[: u2pl.PUSHED]].float().cpu()
+        queues.lists[c] = torch.cat([queues.lists[c], new])[-u2pl.CAPACITY :]
+
+        # The contrast of the class's anchors.
+        pixels = vectors[candidate].float()
+        if len(pixels) == 0 or len(queues.lists[c]) == 0:
+            continue
+        loss = loss + usual_class_contrast(pixels, positive, queues.lists[c])
+    candidates = roles[1]
+    share = candidates.sum() / candidates.shape[1]
+    return loss / present if present > 1 else 0 * features.sum(), share
+
+
+def usual_class_contrast(pixels: Tensor, positive: Tensor, queue: Tensor) -> Tensor:
+    """The mean contrast of a class's anchors.
+
+    Args:
+        pixels: (P,D), the features to draw anchors from.
+        positive: (D,).
+        queue: (keys,D) on the host.
+    """
+    device = pixels.device
+    anchors = pixels[torch.randint(len(pixels), (u2pl.ANCHORS,), device=device)]
+    bank = queue.to(device)
+    rows = torch.randint(len(bank), (u2pl.ANCHORS * u2pl.NEGATIVES,), device=device)
+    negatives = bank[rows].view(u2pl.ANCHORS, u2pl.NEGATIVES, -1)
+    others = torch.cat([positive.expand(u2pl.ANCHORS, 1, -1), negatives], 1)  # (A,1+M,D)
+    similarity = F.cosine_similarity(anchors[:, None], others, dim=2) / u2pl.TEMPERATURE
+    target = torch.zeros(len(similarity), dtype=torch.long, device=device)
+    return F.cross_entropy(similarity, target)
+
+
+def measure(way: Way, device: torch.device) -> tuple[float, int]:
+    """Median seconds of a step, and the bytes at its peak with those of the bank on the device."""
+    with ExitStack() as stack:
+        for place_and_function in way.replaced:
+            stack.enter_context(mock.patch.object(*place_and_function))
+        if device.type == "cuda":
+            timing = time_gpu(way.step, capture=False, milliseconds=MILLISECONDS)
+            peak = timing.peak
+        else:
+            timing = time_cpu(way.step, REPEATS)
+            peak = peak_cpu(way.step)
+    bank = sum(keys.nbytes for keys in way.bank if keys.device.type == device.type)
+    return timing.median, peak + bank
+
+
+def compare_steps(method: str, device: torch.device) -> None:
+    """Time a training step of `method` both ways, twice in turn, and print what was found."""
+    args = settings(method, device)
+    torch.backends.cudnn.benchmark = device.type == "cuda"  # as in training
+    torch.manual_seed(0)
+    usual, kernels = {"cps": cps_ways, "u2pl": u2pl_ways}[method](args, device)
+
+    count, size = args.batch_size, args.crop_size
+    images = f"{count} + {count} images of {size} x {size}"
+    print(f"step of {method}: {args.backbone}, {images}, {device.type}")
+    found = {"usual": [], "kernels": []}
+    for _ in range(2):
+        for name, way in (("usual", usual), ("kernels", kernels)):
+            seconds, peak = measure(way, device)
+            found[name].append((seconds, peak))
+            print(f"{name:14}{1e3 * seconds:9.1f} ms, peak {peak / 1e9:.3f} GB", flush=True)
+    time, memory = (
+        sum(usual) / sum(kernels)
+        for usual, kernels in zip(zip(*found["usual"]), zip(*found["kernels"]))
+    )
+    print(f"usual / kernels: time {time:.2f}, memory of step and bank {memory:.2f}")
+
+
+def main() -> None:
+    """Time what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m common.step",
+        description="Time a whole training step with the kernels, and the usual way.",
+    )
+    parser.add_argument("method", choices=["cps", "u2pl"])
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="(default: cuda)")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device is visible: nothing timed (--device cpu times a small step)")
+        return
+    compare_steps(args.method, torch.device(args.device))
+
+
+if __name__ == "__main__":
+    main()
