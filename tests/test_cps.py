@@ -1,6 +1,5 @@
 """The losses of CPS by hand, where gradients go, and what padding and ignored pixels do."""
 
-import copy
 import math
 
 import pytest
@@ -9,9 +8,14 @@ from conftest import settings
 
 import cps
 from common import datasets
-from common.augment import normalise
+from common.augment import IGNORE, normalise
+from common.data import train_loader
+from common.deeplabv3plus import DeepLabV3Plus, full_softmax
 from common.losses import hard_pixels, labelled_loss, mean_cross_entropy
-from kernels import cross_entropy
+from common.run import Run, sgd, unwrap
+from kernels import cross_entropy, pseudo_label
+
+CPU = torch.device("cpu")
 
 
 def logits_of(probs: list) -> torch.Tensor:
@@ -20,26 +24,27 @@ def logits_of(probs: list) -> torch.Tensor:
     return torch.cat([(1 - p).log(), p.log()], dim=1)
 
 
-def test_cross_supervision_by_hand(rt):
+def test_cross_supervision_by_hand():
     learner = logits_of([0.9, 0.2, 0.6, 0.5]).requires_grad_()
-    labels = cps.targets_from(logits_of([0.8, 0.7, 0.4, 0.3]), (2, 2), soft=False)
+    labels = pseudo_label(logits_of([0.8, 0.7, 0.4, 0.3]), (2, 2)).label
     assert labels.tolist() == [[[1, 1], [0, 0]]]
     valid_mask = torch.tensor([[[True, True], [True, False]]])
-    loss = cps.cross_supervision(learner, labels, valid_mask, rt)
-    assert loss.item() == pytest.approx(-(math.log(0.9) + math.log(0.2) + math.log(0.4)) / 3, rel=1e-6)
+    loss = cps.cps_loss(learner, labels, valid_mask)
+    expected = -(math.log(0.9) + math.log(0.2) + math.log(0.4)) / 3
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
     loss.backward()
     assert learner.grad[0, :, 1, 1].abs().max() == 0  # the padded pixel
     assert learner.grad[0, 1, 0, 0].item() == pytest.approx((0.9 - 1) / 3, rel=1e-5)
 
 
-def test_soft_cross_supervision_by_hand(rt):
-    learner, teacher = logits_of([0.9, 0.2, 0.6, 0.5]).requires_grad_(), logits_of([0.8, 0.7, 0.4, 0.3]).requires_grad_()
-    targets = cps.targets_from(teacher, (2, 2), soft=True)
+def test_soft_cross_supervision_by_hand():
+    learner = logits_of([0.9, 0.2, 0.6, 0.5]).requires_grad_()
+    probs = full_softmax(logits_of([0.8, 0.7, 0.4, 0.3]), (2, 2))
     valid_mask = torch.tensor([[[True, True], [True, False]]])
-    loss = cps.cross_supervision(learner, targets, valid_mask, rt)
+    loss = cps.cpc_loss(learner, probs, valid_mask)
     assert loss.item() == pytest.approx(2 * (0.1**2 + 0.5**2 + 0.2**2) / 3, rel=1e-5)
     loss.backward()
-    assert teacher.grad is None and learner.grad.abs().max() > 0
+    assert learner.grad.abs().max() > 0
 
 
 def test_overlap_leaves_the_background_out():
@@ -52,30 +57,36 @@ def test_overlap_leaves_the_background_out():
     assert cps.overlap(first, second, ~valid_mask & False, background=0).item() == 0.0
 
 
-def test_an_ignored_batch_is_finite_and_without_gradient(rt):
+def test_an_ignored_batch_is_finite_and_without_gradient():
     logits = torch.randn(2, 3, 4, 4, requires_grad=True)
-    ignored = torch.full((2, 16, 16), 255, dtype=torch.uint8)
+    ignored = torch.full((2, 16, 16), IGNORE, dtype=torch.uint8)
     for ohem in (None, (0.7, 10)):
-        loss = labelled_loss(logits, ignored, ohem, rt)
+        loss = labelled_loss(logits, ignored, ohem)
         assert loss.item() == 0
         assert torch.autograd.grad(loss, logits)[0].abs().max() == 0
 
 
 def test_hard_pixels_against_sorting():
     torch.manual_seed(0)
-    logits, target = torch.randn(2, 4, 8, 8) * 3, torch.randint(0, 4, (2, 8, 8), dtype=torch.uint8)
-    target[:, 0] = 255
+    logits = torch.randn(2, 4, 8, 8) * 3
+    target = torch.randint(0, 4, (2, 8, 8), dtype=torch.uint8)
+    target[:, 0] = IGNORE
     loss = cross_entropy(logits, target, reduction="none")
     for min_kept in (3, 50, 1000):
-        kept = hard_pixels(logits, target, 0.7, min_kept) != 255
-        hardest = loss.flatten().sort(descending=True).values[min(2 * min_kept, loss.numel()) - 1]
-        expected = ((loss >= -math.log(0.7)) | (loss >= hardest)) & (target != 255)
+        kept = hard_pixels(logits, target, 0.7, min_kept) != IGNORE
+        rank = min(2 * min_kept, loss.numel())
+        hardest = loss.flatten().sort(descending=True).values[rank - 1]
+        expected = ((loss >= -math.log(0.7)) | (loss >= hardest)) & (target != IGNORE)
         assert torch.equal(kept, expected)
-    assert torch.equal(hard_pixels(logits, target, 0.7, 1000), target)  # fewer pixels than must be kept: all stay
+    # Fewer pixels than must be kept: all stay.
+    assert torch.equal(hard_pixels(logits, target, 0.7, 1000), target)
+
+
+# --------------------------------------------------------------------------------- a training step
 
 
 class Recorder(torch.nn.Module):
-    """A small network that notes the pictures of each forward pass and whether gradients were on."""
+    """A small network that notes the images of each forward pass and whether gradients were on."""
 
     def __init__(self, seed: int):
         super().__init__()
@@ -88,79 +99,181 @@ class Recorder(torch.nn.Module):
         return self.conv(images[:, :, ::4, ::4])
 
 
-def one_step(rt, *flags: str) -> tuple[dict, dict, list, object]:
-    """A training step of two recorders on the built-in data."""
+def first_batches(args, data) -> tuple[dict, list[dict]]:
+    """The labelled batch and the unlabelled ones of the first iteration."""
+    streams = (1, 2) if args.cutmix else (1,)
+    loaders = [train_loader(data, data.labelled, 0, args, 0, 1)]
+    loaders += [train_loader(data, data.unlabelled, stream, args, 0, 1) for stream in streams]
+    batch_l, *batches_u = (next(iter(loader)) for loader in loaders)
+    return batch_l, batches_u
+
+
+def one_step(*flags: str):
+    """The losses of two recorders on the built-in data.
+
+    Returns:
+        The recorders with their gradients, the measures, the labelled batch, the unlabelled ones,
+        and the settings.
+    """
     args = cps.parse_args(["--crop-size", "32", "-b", "4", *flags])
     data = datasets.load(settings())
-    batches = list(next(cps.load_batches(args, data, rt, 0, 1)))
-    networks = {"model_1": Recorder(1), "model_2": Recorder(2)}
-    optimizer = torch.optim.SGD([p for network in networks.values() for p in network.parameters()], lr=0.1)
-    before = copy.deepcopy({name: network.state_dict() for name, network in networks.items()})
-    measured = cps.train_step(networks, optimizer, batches, 0, args, data, rt)
-    assert all(not torch.equal(before[name]["conv.weight"], networks[name].conv.weight) for name in networks)
-    return networks, measured, batches, args
+    batch_l, batches_u = first_batches(args, data)
+    f1, f2 = Recorder(1), Recorder(2)
+    measured = cps.train_step(f1, f2, batch_l, batches_u, 0, args, data.background)
+    measured["loss"].backward()
+    assert all(f.conv.weight.grad.abs().max() > 0 for f in (f1, f2))
+    return (f1, f2), measured, batch_l, batches_u, args
 
 
-def test_a_cutmix_step_is_the_papers(rt):
-    networks, measured, (batch_l, u0, u1), args = one_step(rt)
+def upsampled(network: Recorder, images: torch.Tensor) -> torch.Tensor:
+    """Its logits at the images' size."""
+    return torch.nn.functional.interpolate(
+        network(images), (32, 32), mode="bilinear", align_corners=True
+    )
+
+
+def ce(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """PyTorch's cross-entropy over the pixels that are not ignored."""
+    return torch.nn.functional.cross_entropy(logits, target.long(), ignore_index=IGNORE)
+
+
+def test_a_cutmix_step_is_the_papers():
+    networks, measured, batch_l, (u0, u1), args = one_step()
     fresh = [Recorder(1), Recorder(2)]
-    mask = cps.xor_box_masks(4, 32, rt, args.seed, 0)
+    mask = cps.xor_box_masks(4, 32, args.seed, 0, CPU)
     images = [normalise(batch["image"], batch["valid_mask"]) for batch in (batch_l, u0, u1)]
     mixed = torch.where(mask[:, None], images[2], images[1])
-    for network in networks.values():
+    for network in networks:
         assert [on for _, on in network.seen] == [True, False, False, True]
         torch.testing.assert_close(network.seen[3][0], mixed)
 
-    def upsampled(network: Recorder, pictures: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.interpolate(network(pictures), (32, 32), mode="bilinear", align_corners=True)
-
-    labels = [torch.where(mask, upsampled(f, images[2]).argmax(1), upsampled(f, images[1]).argmax(1)) for f in fresh]
+    inside, outside = ([upsampled(f, images[index]).argmax(1) for f in fresh] for index in (2, 1))
+    labels = [torch.where(mask, inside[k], outside[k]) for k in (0, 1)]
     valid = torch.where(mask, u1["valid_mask"], u0["valid_mask"])
-    ce = torch.nn.functional.cross_entropy
-    supervised = sum(ce(upsampled(f, images[0]), batch_l["target"].long(), ignore_index=255) for f in fresh)
-    crossed = sum(ce(upsampled(fresh[k], mixed), labels[1 - k].masked_fill(~valid, 255), ignore_index=255) for k in (0, 1))
+    targets = [label.masked_fill(~valid, IGNORE) for label in labels]
+    supervised = sum(ce(upsampled(f, images[0]), batch_l["target"]) for f in fresh)
+    crossed = sum(ce(upsampled(fresh[k], mixed), targets[1 - k]) for k in (0, 1))
     torch.testing.assert_close(measured["loss_sup"], supervised)
     torch.testing.assert_close(measured["loss_unsup"], crossed)
     torch.testing.assert_close(measured["loss"], supervised + 1.0 * crossed)
 
 
-def test_without_cutmix_labelled_pictures_are_cross_supervised_too(rt):
-    networks, measured, (batch_l, u0), args = one_step(rt, "--no-cutmix")
+def test_without_cutmix_labelled_images_are_cross_supervised_too():
+    networks, measured, batch_l, (u0,), args = one_step("--no-cutmix")
     assert args.cps_weight == 1.5
-    assert all([on for _, on in network.seen] == [True, True] for network in networks.values())
+    assert all([on for _, on in network.seen] == [True, True] for network in networks)
     fresh = [Recorder(1), Recorder(2)]
-    pictures = torch.cat([normalise(batch["image"], batch["valid_mask"]) for batch in (batch_l, u0)])
+    images = [normalise(batch["image"], batch["valid_mask"]) for batch in (batch_l, u0)]
     valid = torch.cat([batch_l["valid_mask"], u0["valid_mask"]])
-    full = [torch.nn.functional.interpolate(f(pictures), (32, 32), mode="bilinear", align_corners=True) for f in fresh]
-    crossed = sum(
-        torch.nn.functional.cross_entropy(full[k], full[1 - k].argmax(1).masked_fill(~valid, 255), ignore_index=255)
-        for k in (0, 1)
-    )
+    full = [upsampled(f, torch.cat(images)) for f in fresh]
+    targets = [logits.argmax(1).masked_fill(~valid, IGNORE) for logits in full]
+    crossed = sum(ce(full[k], targets[1 - k]) for k in (0, 1))
     torch.testing.assert_close(measured["loss_unsup"], crossed)
 
 
-def test_the_two_networks_start_differently_and_the_unlabelled_batches_are_independent(rt):
+@pytest.mark.parametrize("flags", [(), ("--no-cutmix",)])
+def test_in_cpc_each_network_is_a_fixed_target_of_the_other(flags):
+    networks, measured, batch_l, batches_u, args = one_step("--soft", *flags)
+    fresh = [Recorder(1), Recorder(2)]
+    images_l = normalise(batch_l["image"], batch_l["valid_mask"])
+    images_u = [normalise(batch["image"], batch["valid_mask"]) for batch in batches_u]
+    if args.cutmix:
+        mask = cps.xor_box_masks(4, 32, args.seed, 0, CPU)
+        images = torch.where(mask[:, None], images_u[1], images_u[0])
+        valid = torch.where(mask, batches_u[1]["valid_mask"], batches_u[0]["valid_mask"])
+    else:
+        images = torch.cat([images_l, images_u[0]])
+        valid = torch.cat([batch_l["valid_mask"], batches_u[0]["valid_mask"]])
+    with torch.no_grad():
+        targets = [upsampled(f, images).softmax(1) for f in fresh]
+        if args.cutmix:
+            parts = [[upsampled(f, x).softmax(1) for x in images_u] for f in fresh]
+            targets = [torch.where(mask[:, None], one, zero) for zero, one in parts]
+
+    def distance(k: int) -> torch.Tensor:
+        square = (upsampled(fresh[k], images).softmax(1) - targets[1 - k]).square()
+        return square.sum(1)[valid].mean()
+
+    crossed = distance(0) + distance(1)
+    torch.testing.assert_close(measured["loss_unsup"], crossed)
+    supervised = sum(ce(upsampled(f, images_l), batch_l["target"]) for f in fresh)
+    (supervised + args.cps_weight * crossed).backward()
+    for network, expected in zip(networks, fresh):
+        torch.testing.assert_close(network.conv.weight.grad, expected.conv.weight.grad)
+
+
+# ------------------------------------------------------------------------------- the whole training
+
+
+def build(run: Run) -> list[DeepLabV3Plus]:
+    """Two networks, as `main` builds them."""
+    classes = run.data.num_classes
+    return [run.place(DeepLabV3Plus.from_settings(run.args, classes)) for _ in range(2)]
+
+
+def test_the_two_networks_start_differently(begin):
+    weights = [network.backbone.layer1[0].conv1.weight for network in build(begin(cps))]
+    assert not torch.equal(*weights)
+
+
+def test_the_unlabelled_batches_are_independent():
     args = cps.parse_args([])
     data = datasets.load(settings())
-    networks = cps.build_networks(args, data, rt)
-    weights = [network.backbone.layer1[0].conv1.weight for network in networks.values()]
-    assert not torch.equal(*weights)
-    names = [(u0["name"], u1["name"]) for _, u0, u1 in cps.load_batches(args, data, rt, 0, 5)]
-    assert all(first != second for first, second in names)
+    u0, u1 = (train_loader(data, data.unlabelled, stream, args, 0, 5) for stream in (1, 2))
+    names = [(first["name"], second["name"]) for first, second in zip(u0, u1)]
+    assert len(names) == 5 and all(first != second for first, second in names)
 
 
-def test_mean_cross_entropy_counts_valid_pixels_only(rt):
+def test_mean_cross_entropy_counts_valid_pixels_only():
     logits = logits_of([0.9, 0.2, 0.6, 0.5])
-    target = torch.tensor([[[1, 255], [255, 0]]])
-    assert mean_cross_entropy(logits, target, rt).item() == pytest.approx(-(math.log(0.9) + math.log(0.5)) / 2, rel=1e-6)
+    target = torch.tensor([[[1, IGNORE], [IGNORE, 0]]])
+    expected = -(math.log(0.9) + math.log(0.5)) / 2
+    assert mean_cross_entropy(logits, target).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_every_parameter_learns_in_bfloat16(rt):
-    """Autocast caches weights that it cast under no_grad without their graph; the step must not fall for it."""
-    rt.amp = torch.bfloat16
-    args = cps.parse_args(["--crop-size", "32", "-b", "4"])
-    data = datasets.load(settings())
-    networks = cps.build_networks(args, data, rt)
-    optimizer = torch.optim.SGD([p for network in networks.values() for p in network.parameters()], lr=0.0)
-    cps.train_step(networks, optimizer, list(next(cps.load_batches(args, data, rt, 0, 1))), 0, args, data, rt)
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for network in networks.values() for p in network.parameters())
+def test_every_parameter_learns_in_bfloat16(begin):
+    """Autocast caches weights that it cast under no_grad without their graph.
+
+    The step, which labels under no_grad between two passes with gradient, must not fall for it.
+    """
+    run = begin(cps, "--amp", "bf16")
+    networks = build(run)
+    assert [network.amp for network in networks] == [torch.bfloat16] * 2
+    batch_l, batches_u = first_batches(run.args, run.data)
+    measured = cps.train_step(*networks, batch_l, batches_u, 0, run.args, run.data.background)
+    measured["loss"].backward()
+    for network in networks:
+        assert network(batch_l["image"].permute(0, 3, 1, 2).float()).dtype == torch.bfloat16
+        for name, parameter in network.named_parameters():
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+            assert parameter.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("flags", [(), ("--compile",)])
+def test_what_is_trained_through_has_the_parameters_of_the_network(begin, flags):
+    run = begin(cps, *flags)
+    network, _ = build(run)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    ids = list(map(id, network.parameters()))
+    trained = run.parallel(network)
+    assert list(map(id, trained.parameters())) == ids
+    optimizer = sgd([network], run.args)
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == set(ids)
+    assert (trained is network) == (not flags) and unwrap(trained) is network
+    for parameter in trained.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    after = network.state_dict()
+    assert all(not torch.equal(before[name], after[name]) for name, _ in network.named_parameters())
+
+
+def test_the_training_moves_both_networks(begin, train):
+    run = begin(cps, "--max-iters", "1")
+    fresh = build(run)
+    networks = train(cps, run)
+    assert list(networks) == ["model_1", "model_2"]
+    for start, network in zip(fresh, networks.values()):
+        # The same start, and a step of a learning rate of 0.1.
+        assert network["classifier.weight"].sub(start.classifier.weight).abs().max() < 0.1
+        for name, parameter in start.named_parameters():
+            assert not torch.equal(network[name], parameter), name

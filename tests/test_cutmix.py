@@ -1,14 +1,15 @@
 """CutMix masks: areas, bounds, XOR, and independence of the number of processes."""
 
-from dataclasses import replace
-
 import torch
 
+from common import distributed
 from common.cutmix import draw_boxes, half_area_masks, mix, rasterise, wide_box_masks, xor_box_masks
 
+CPU = torch.device("cpu")
 
-def test_the_half_area_box_covers_half_and_stays_inside(rt):
-    masks = half_area_masks(200, 128, rt, seed=1, iteration=3)
+
+def test_the_half_area_box_covers_half_and_stays_inside():
+    masks = half_area_masks(200, 128, seed=1, iteration=3, device=CPU)
     share = masks.float().mean((1, 2))
     assert (share - 0.5).abs().max() < 0.01  # sides are rounded to pixels
     heights = masks.any(2).sum(1)
@@ -16,12 +17,13 @@ def test_the_half_area_box_covers_half_and_stays_inside(rt):
     assert heights.float().std() > 10  # the aspect really varies
 
 
-def test_the_wide_box_covers_half_and_its_width_is_uniform(rt):
-    masks = wide_box_masks(400, 128, rt, seed=1, iteration=3)
+def test_the_wide_box_covers_half_and_its_width_is_uniform():
+    masks = wide_box_masks(400, 128, seed=1, iteration=3, device=CPU)
     assert (masks.float().mean((1, 2)) - 0.5).abs().max() < 0.01
     widths = masks.any(1).sum(1).float() / 128
     assert widths.min() < 0.52 and widths.max() > 0.98
-    assert abs(widths.mean().item() - 0.75) < 0.03 and abs(widths.std().item() - 0.5 / 12**0.5) < 0.02  # U(1/2, 1)
+    assert abs(widths.mean().item() - 0.75) < 0.03  # of U(1/2, 1)
+    assert abs(widths.std().item() - 0.5 / 12**0.5) < 0.02
 
 
 def test_boxes_stay_inside_and_reach_every_edge():
@@ -44,15 +46,19 @@ def test_overlapping_boxes_cancel():
     assert mask[2, 2]  # three boxes: odd
 
 
-def test_masks_change_with_iteration_and_seed_and_not_with_processes(rt):
-    whole = xor_box_masks(8, 32, rt, seed=5, iteration=7)
-    halves = [xor_box_masks(4, 32, replace(rt, rank=rank, world=2), seed=5, iteration=7) for rank in (0, 1)]
+def test_masks_change_with_iteration_and_seed_and_not_with_processes(monkeypatch):
+    whole = xor_box_masks(8, 32, seed=5, iteration=7, device=CPU)
+    assert not torch.equal(whole, xor_box_masks(8, 32, seed=5, iteration=8, device=CPU))
+    assert not torch.equal(whole, xor_box_masks(8, 32, seed=6, iteration=7, device=CPU))
+    halves = []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        halves.append(xor_box_masks(4, 32, seed=5, iteration=7, device=CPU))
     assert torch.equal(whole, torch.cat(halves))
-    assert not torch.equal(whole, xor_box_masks(8, 32, rt, seed=5, iteration=8))
-    assert not torch.equal(whole, xor_box_masks(8, 32, rt, seed=6, iteration=7))
 
 
-def test_mix_takes_each_pixel_from_the_right_picture(rt):
+def test_mix_takes_each_pixel_from_the_right_image():
     mask = torch.tensor([[[True, False], [False, True]]])
     inside, outside = torch.ones(1, 3, 2, 2), torch.zeros(1, 3, 2, 2)
     assert torch.equal(mix(mask, inside, outside), mask[:, None].float().expand(1, 3, 2, 2))

@@ -19,12 +19,13 @@ def count(module: torch.nn.Module) -> int:
 @pytest.mark.parametrize(("name", "low", "high"), [("resnet18", 64, 512), ("resnet50", 256, 2048)])
 def test_parameter_count_is_torchvisions_backbone_plus_the_head(name: str, low: int, high: int):
     classes = 21
-    backbone = count(getattr(models, name)(weights=None)) - (high * 1000 + 1000)  # without the classifier
-    aspp = (
-        high * 256 + 3 * high * 256 * 9 + high * 256 + 5 * 256 * 256 + 6 * 2 * 256
-    )  # branches, pooling, projection, BatchNorms
+    backbone = count(getattr(models, name)(weights=None))
+    backbone -= high * 1000 + 1000  # its classifier
+    # Branches, pooling, projection, BatchNorms.
+    aspp = high * 256 + 3 * high * 256 * 9 + high * 256 + 5 * 256 * 256 + 6 * 2 * 256
     decoder = low * 48 + 2 * 48 + 304 * 256 * 9 + 2 * 256 + 256 * 256 * 9 + 2 * 256
-    assert count(DeepLabV3Plus(name, classes)) == backbone + aspp + decoder + 256 * classes + classes
+    classifier = 256 * classes + classes
+    assert count(DeepLabV3Plus(name, classes)) == backbone + aspp + decoder + classifier
 
 
 @pytest.mark.parametrize("output_stride", [8, 16])
@@ -32,9 +33,10 @@ def test_dilated_resnet50_computes_what_torchvisions_does(output_stride: int):
     torch.manual_seed(0)
     ours = ResNetBackbone("resnet50", "none", output_stride).eval()
     theirs = models.resnet50(replace_stride_with_dilation=[False, output_stride == 8, True]).eval()
-    names = {"stem.0": "conv1", "stem.1": "bn1"}
-    state = {next((new + key[len(old) :] for old, new in names.items() if key.startswith(old)), key): value
-             for key, value in ours.state_dict().items()}  # fmt: skip
+    state = {
+        key.replace("stem.0.", "conv1.").replace("stem.1.", "bn1."): value
+        for key, value in ours.state_dict().items()
+    }
     assert theirs.load_state_dict(state, strict=False).missing_keys == ["fc.weight", "fc.bias"]
     images = torch.randn(1, 3, 65, 65)
     with torch.no_grad():
@@ -59,7 +61,8 @@ def test_output_stride_and_head_resolution(name: str, output_stride: int):
 
 def test_a_basic_block_network_dilates_every_3x3_after_the_first_block():
     backbone = ResNetBackbone("resnet18", "none", 8)
-    rates = [[conv.dilation[0] for conv in (block.conv1, block.conv2)] for block in (*backbone.layer3, *backbone.layer4)]
+    blocks = (*backbone.layer3, *backbone.layer4)
+    rates = [[conv.dilation[0] for conv in (block.conv1, block.conv2)] for block in blocks]
     assert rates == [[1, 1], [2, 2], [2, 2], [4, 4]]
 
 
@@ -83,14 +86,18 @@ def test_parameter_groups_hold_each_parameter_once():
     groups = parameter_groups(network, 0.1, 10, 1e-4, decay_norm=False)
     held = [parameter for group in groups for parameter in group["params"]]
     assert sorted(map(id, held)) == sorted(map(id, network.parameters()))
-    rates = {id(parameter): (group["lr"], group["weight_decay"]) for group in groups for parameter in group["params"]}
+    rates = {
+        id(parameter): (group["lr"], group["weight_decay"])
+        for group in groups
+        for parameter in group["params"]
+    }
     assert rates[id(network.backbone.stem[0][0].weight)] == (0.1, 1e-4)
     assert rates[id(network.backbone.stem[0][1].weight)] == (0.1, 0.0)
     assert rates[id(network.classifier.weight)] == (1.0, 1e-4)
     assert rates[id(network.classifier.bias)] == (1.0, 0.0)
 
 
-def test_one_picture_cannot_train():
+def test_one_image_cannot_train():
     with pytest.raises(ValueError, match="more than 1 value"):
         DeepLabV3Plus("tiny", 6).train()(torch.zeros(1, 3, 64, 64))
 
@@ -104,7 +111,12 @@ def test_a_fresh_network_knows_nothing(backbone: str, num_classes: int):
     """
     torch.manual_seed(0)
     args = SimpleNamespace(
-        backbone=backbone, weights="none", output_stride=16, dropout=0.5, contrast=True, aux_weight=0.4
+        backbone=backbone,
+        weights="none",
+        output_stride=16,
+        dropout=0.5,
+        contrast=True,
+        aux_weight=0.4,
     )
     network = u2pl.Network(args, num_classes)  # the plain network with every further head
     with torch.no_grad():
@@ -114,6 +126,19 @@ def test_a_fresh_network_knows_nothing(backbone: str, num_classes: int):
         loss = torch.nn.functional.cross_entropy(head, target).item()
         assert loss == pytest.approx(math.log(num_classes), rel=0.1)
     assert features.std() < 1
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_settings_build_the_network_and_amp_its_precision(dtype: torch.dtype | None):
+    args = SimpleNamespace(backbone="tiny", weights="none", output_stride=8, dropout=0.25)
+    network = DeepLabV3Plus.from_settings(args, 6).eval()
+    network.amp = dtype
+    assert network.aspp.project[-1].p == 0.25
+    with torch.no_grad():
+        assert network.backbone(torch.zeros(1, 3, 64, 64))[2].shape[2:] == (8, 8)
+        logits = network(torch.zeros(1, 3, 64, 64))
+    assert logits.shape == (1, 6, 16, 16) and logits.dtype == (dtype or torch.float32)
+    assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
 
 
 def test_joined_features_keep_the_layout_of_a_gpu():

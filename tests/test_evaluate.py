@@ -1,16 +1,31 @@
 """IoU by hand, absent classes, ignored pixels, sliding windows."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
+import pytest
 import torch
+from conftest import settings, write_picture
+from PIL import Image
 
-from common.evaluate import evaluate, predict, probabilities, scores, starts, update
+from common.datasets import DataSource, Item
+from common.evaluate import (
+    evaluate,
+    predict,
+    probabilities,
+    pseudo_accuracy,
+    scores,
+    starts,
+    update,
+)
 
 
 def confusion(target: list, prediction: list, classes: int) -> torch.Tensor:
     matrix = torch.zeros(classes, classes, dtype=torch.int64)
-    update(matrix, torch.tensor(target, dtype=torch.uint8), torch.tensor(prediction, dtype=torch.uint8))
+    labels = [torch.tensor(values, dtype=torch.uint8) for values in (target, prediction)]
+    update(matrix, *labels)
     return matrix
 
 
@@ -44,13 +59,13 @@ def test_windows_cover_everything_with_overlap():
 
 
 class Pointwise(torch.nn.Module):
-    """Logits that depend on nothing but the pixel: windows and whole pictures must then agree."""
+    """Logits that depend on nothing but the pixel: windows and whole images must then agree."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return torch.cat([images[:, :1], -images[:, :1], images[:, 1:2]], dim=1)
 
 
-def test_sliding_window_agrees_with_the_whole_picture_for_a_pointwise_network():
+def test_sliding_window_agrees_with_the_whole_image_for_a_pointwise_network():
     torch.manual_seed(0)
     images = torch.randn(2, 3, 40, 56)
     whole = probabilities(Pointwise(), images)
@@ -60,17 +75,38 @@ def test_sliding_window_agrees_with_the_whole_picture_for_a_pointwise_network():
     assert torch.equal(predict(Pointwise(), images).long(), whole.argmax(1))
 
 
-def test_average_is_of_probabilities_and_modes_come_back(rt):
-    class Constant(torch.nn.Module):
-        def __init__(self, probs: list[float]):
-            super().__init__()
-            self.logits = torch.tensor(probs).log().view(1, -1, 1, 1)
+class Constant(torch.nn.Module):
+    """The same probabilities everywhere."""
 
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return self.logits.expand(len(images), -1, 4, 4)
+    def __init__(self, probs: list[float]):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.tensor(probs).log().view(1, -1, 1, 1))
 
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.logits.expand(len(images), -1, 4, 4)
+
+
+@pytest.fixture
+def ones(tmp_path: Path) -> DataSource:
+    """Two classes; an image of which every pixel is of class 1."""
+    write_picture(tmp_path / "image.png", (16, 16))
+    Image.new("L", (16, 16), 1).save(tmp_path / "mask.png")
+    item = Item("image", tmp_path / "image.png", tmp_path / "mask.png")
+    colours = ((0, 0, 0), (255, 255, 255))
+    return DataSource("ones", ("zero", "one"), colours, (), (), (item,), "one image", (item,))
+
+
+def test_average_is_of_probabilities_and_modes_come_back(ones: DataSource):
     first, second = Constant([0.55, 0.45]).train(), Constant([0.2, 0.8]).eval()
-    batch = {"image": torch.zeros(1, 16, 16, 3, dtype=torch.uint8), "target": torch.ones(1, 16, 16, dtype=torch.uint8)}
-    results = evaluate({"a": first, "b": second}, [batch], 2, rt, average=True)
+    networks, args = {"a": first, "b": second}, settings(eval_window=0)
+    results = evaluate(networks, ones.val, ones, args, average=True)
     assert [results[name].accuracy for name in ("a", "b", "average")] == [0.0, 1.0, 1.0]
     assert first.training and not second.training
+    results = evaluate(networks, ones.val, ones, args)
+    assert [scores.accuracy for scores in results.values()] == [0.0, 1.0]
+
+
+def test_pseudo_accuracy_is_measured_where_true_masks_are_at_hand(ones: DataSource):
+    network, args = Constant([0.2, 0.8]), settings(eval_window=0)
+    assert pseudo_accuracy(network, ones, args) == {"pseudo_accuracy": 1.0}
+    assert pseudo_accuracy(network, replace(ones, audit=()), args) == {}

@@ -1,13 +1,14 @@
-"""A training step of every script on fake CUDA tensors: its device, shapes and waits, without a GPU.
+"""A training step of every script on fake CUDA tensors: device, shapes, waits, without a GPU.
 
-A fake tensor has a device, a shape and a type, but no memory: nothing is computed. A tensor on the
-wrong device, a wrong shape, `.item()`, `if tensor:` and a boolean index all raise. The backward pass
-is left out, since autograd's engine asks for a driver.
+A fake tensor has a device, a shape and a type, but no memory: nothing is computed. A tensor on
+the wrong device, a wrong shape, `.item()`, `if tensor:` and a boolean index all raise. The
+backward pass is left out, since autograd's engine asks for a driver.
 """
 
+import copy
 import itertools
 import os
-from types import SimpleNamespace
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,10 +20,13 @@ import mean_teacher
 import stpp
 import supervised
 import u2pl
-from common import augment, runtime
+from common import augment
+from common.deeplabv3plus import DeepLabV3Plus
+from common.run import place
+from kernels import set_backend
 
 CLASSES = {"voc": 21, "cityscapes": 19}
-DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+CUDA = torch.device("cuda", 0)
 U2PL = "--warmup-iters 0"
 # Script, flags, batches of a step.
 STEPS = [
@@ -53,7 +57,7 @@ def cases() -> list:
     chosen = [(step, USUAL) for step in STEPS]
     chosen += [(STEPS[index], setting) for index in (2, 5, 8) for setting in OTHER]
     if os.environ.get("FAKE_CUDA") == "all":
-        settings = itertools.product(CLASSES, DTYPES, ("auto", "torch"))
+        settings = itertools.product(CLASSES, ("off", "bf16", "fp16"), ("auto", "torch"))
         chosen = list(itertools.product(STEPS, settings))
     return [
         pytest.param(*step, *setting, id=" ".join((step[0].__name__, step[1], *setting)))
@@ -61,39 +65,94 @@ def cases() -> list:
     ]
 
 
-def place_on_fake_device(network: nn.Module) -> None:
-    """Give a network made on the device `meta` fake CUDA tensors, in the layout that `Runtime.place` gives it."""
+def on_fake_device(network: nn.Module, args) -> nn.Module:
+    """Give a network made on the device `meta` fake CUDA tensors, laid out as in training."""
     for module in network.modules():
         for tensors in (module._parameters, module._buffers):
             for key, value in tensors.items():
-                if value is None:
-                    continue
-                layout = torch.channels_last if value.ndim == 4 else torch.contiguous_format
-                fake = torch.empty(value.shape, dtype=value.dtype, device="cuda", memory_format=layout)
-                if isinstance(value, nn.Parameter):
-                    fake = nn.Parameter(fake, value.requires_grad)
-                tensors[key] = fake
+                if value is not None:
+                    tensors[key] = fake_tensor(value)
+    return place(network, args, CUDA)
 
 
-def fake_batch(args, classes: int) -> dict:
-    """What a loader gives and `Runtime.to_device` has brought to the device."""
+def fake_tensor(value: torch.Tensor) -> torch.Tensor:
+    """A fake CUDA tensor like `value`, a parameter if that is one."""
+    layout = torch.channels_last if value.ndim == 4 else torch.contiguous_format
+    fake = torch.empty(value.shape, dtype=value.dtype, device=CUDA, memory_format=layout)
+    return nn.Parameter(fake, value.requires_grad) if isinstance(value, nn.Parameter) else fake
+
+
+def fake_batch(args) -> dict:
+    """What a loader gives and `common.run.to_device` has brought to the device."""
     shape = (args.batch_size, args.crop_size, args.crop_size)
-    image = torch.zeros(*shape, 3, dtype=torch.uint8, device="cuda")
+    image = torch.zeros(*shape, 3, dtype=torch.uint8, device=CUDA)
     return {
         "image": image,
         "image_strong": image.clone(),
-        "valid_mask": torch.ones(shape, dtype=torch.bool, device="cuda"),
-        "target": torch.zeros(shape, dtype=torch.uint8, device="cuda"),
+        "valid_mask": torch.ones(shape, dtype=torch.bool, device=CUDA),
+        "target": torch.zeros(shape, dtype=torch.uint8, device=CUDA),
         "name": ["image"] * args.batch_size,
     }
 
 
 @pytest.fixture
 def fake_gpu(monkeypatch):
-    """What else PyTorch asks of a GPU."""
+    """What else PyTorch asks of a GPU; and the kernels' backend as it was."""
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     monkeypatch.setattr(nn.Module, "to", lambda self, *_, **__: self)  # networks are there already
+    yield
+    set_backend("auto")
+
+
+def networks_of(script, args, classes: int) -> list[nn.Module]:
+    """A script's networks, as its `main` makes them, on the device `meta`."""
+    with torch.device("meta"):
+        if script is u2pl:
+            first = u2pl.Network(args, classes).train()
+        else:
+            first = DeepLabV3Plus.from_settings(args, classes).train()
+        if script is cps:
+            return [first, DeepLabV3Plus.from_settings(args, classes).train()]
+        if script in (mean_teacher, u2pl):
+            return [first, copy.deepcopy(first).requires_grad_(False)]
+    return [first]
+
+
+def step_of(script, networks: list, batches: list[dict], args, classes: int) -> Callable:
+    """What an iteration of a script's `main` does, without the optimiser's step.
+
+    Returns:
+        A function of the iteration that returns its measures.
+    """
+    batch_l, *batches_u = batches
+    background = 0 if args.data == "voc" else None
+    bank = None
+    if script is u2pl and args.contrast:
+        bank = u2pl.MemoryBank(classes, u2pl.CAPACITY, networks[0].feature_channels, CUDA)
+
+    def step(iteration: int) -> dict[str, torch.Tensor]:
+        if script is cps:
+            return cps.train_step(*networks, batch_l, batches_u, iteration, args, background)
+        if script in (supervised, stpp):
+            return script.train_step(*networks, batch_l, args)
+        student, teacher = networks
+        if script is mean_teacher:
+            if args.cutmix:
+                inputs = (student, teacher, batch_l, batches_u, iteration, args)
+                measured = mean_teacher.cutmix_step(*inputs)
+            else:
+                measured = mean_teacher.noise_step(student, teacher, batch_l, *batches_u, args)
+            mean_teacher.ema_update(teacher, student, args.ema_decay, args.cutmix)
+            return measured
+        if iteration < args.warmup_iters:
+            return u2pl.warm_up_step(student, batch_l, args)
+        inputs = (student, teacher, bank, batch_l, *batches_u, iteration, args.max_iters, args)
+        measured = u2pl.train_step(*inputs)
+        u2pl.ema_update(teacher, student, args.ema_decay)
+        return measured
+
+    return step
 
 
 @pytest.mark.parametrize(("script", "flags", "count", "data", "amp", "kernels"), cases())
@@ -103,28 +162,17 @@ def test_a_step_stays_on_the_device_and_never_waits(
     shared = f"--data {data} --weights none --backbone resnet18 -b 2 -j 0 --max-iters 100"
     command = [*shared.split(), *flags.split(), "--data-dir", str(tmp_path), "--amp", amp]
     args = script.parse_args([*command, "--device", "cpu"])
-    args.kernels, args.device, args.stage, args.run = kernels, "cuda", 2, str(tmp_path)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    rt = runtime.Runtime(torch.device("cuda", 0), 0, 1, DTYPES[amp], scaler, False)
-    losses = []
-    monkeypatch.setattr(runtime.Runtime, "step", lambda self, loss, optimizer: losses.append(loss))
+    args.device = "cuda"
+    set_backend(kernels)
     classes = CLASSES[data]
-    source = SimpleNamespace(
-        num_classes=classes,
-        background=0 if data == "voc" else None,
-        labelled=range(1000),
-        unlabelled=range(1000),
-    )
-    with torch.device("meta"):
-        networks = {name: f.train() for name, f in script.build_networks(args, source, rt).items()}
+    networks = networks_of(script, args, classes)
     with FakeTensorMode():
-        mean, std = torch.zeros(3, device="cuda"), torch.ones(3, device="cuda")
+        mean, std = torch.zeros(3, device=CUDA), torch.ones(3, device=CUDA)
         monkeypatch.setattr(augment, "_statistics", lambda device: (mean, std))
-        for network in networks.values():
-            place_on_fake_device(network)
-        batches = [fake_batch(args, classes) for _ in range(count)]
-        for iteration in (0, 1):
-            measured = script.train_step(networks, None, batches, iteration, args, source, rt)
-    assert all(value.device == rt.device and value.shape == () for value in measured.values())
-    assert len(losses) == 2
-    assert all(loss.requires_grad and loss.dtype == torch.float32 for loss in losses)
+        networks = [on_fake_device(network, args) for network in networks]
+        batches = [fake_batch(args) for _ in range(count)]
+        step = step_of(script, networks, batches, args, classes)
+        steps = [step(iteration) for iteration in (0, 1)]
+    for measured in steps:
+        assert all(value.device == CUDA and value.shape == () for value in measured.values())
+        assert measured["loss"].requires_grad and measured["loss"].dtype == torch.float32

@@ -1,8 +1,8 @@
 """What each operation asks of a GPU, counted without one: launches, memory, waits of the host.
 
-The operations run on tensors in the host's memory. Their Triton kernels do not run: each launch leaves
-its name among the events of PyTorch's profiler, beside the operators that launch kernels of their own
-on a GPU. What an operator does differently on a GPU, this does not see.
+The operations run on tensors in the host's memory. Their Triton kernels do not run: each launch
+leaves its name among the events of PyTorch's profiler, beside the operators that launch kernels
+of their own on a GPU. What an operator does differently on a GPU, this does not see.
 """
 
 import gc
@@ -22,7 +22,8 @@ from kernels import (
     timing,
 )
 from kernels.contrast import memory_contrast_reference
-from kernels.cross_entropy_map import cross_entropy_reference
+from kernels.cross_entropy import cross_entropy_reference
+from kernels.cross_entropy_map import cross_entropy_map_reference
 from kernels.percentile import drop_unreliable_reference, masked_percentile_reference
 from kernels.pseudo_label import pseudo_label_reference
 
@@ -33,7 +34,8 @@ PIXELS = N * OUTPUTS * OUTPUTS
 # Whatever these call on a CPU, on a GPU it is one kernel.
 ONE_LAUNCH = {"copy_", "fill_", "zero_", "sum", "mul", "div", "_foreach_add_"}
 NO_LAUNCH = {
-    "empty", "empty_like", "empty_strided", "new_empty", "resize_", "view", "view_as", "_unsafe_view",
+    "empty", "empty_like", "empty_strided", "new_empty", "resize_", "view", "view_as",
+    "_unsafe_view",
     "reshape", "as_strided", "expand", "select", "slice", "unbind", "detach", "alias", "transpose",
     "permute", "squeeze", "unsqueeze", "result_type", "to", "contiguous",
 }  # fmt: skip
@@ -169,8 +171,8 @@ def test_memory_contrast_launches_one_kernel_forward_and_one_backward(kernels_th
 def test_cross_entropy_needs_memory_for_a_copy_and_one_gradient_in_float32(kernels_that_do_not_run):
     """Forward: the copy of channels_last in bfloat16, and the gradient.
 
-    Backward: the gradient again, and the result in bfloat16. A CPU makes the result in float32 first,
-    which a GPU does not: 4 bytes more a number.
+    Backward: the gradient again, and the result in bfloat16. A CPU makes the result in float32
+    first, which a GPU does not: 4 bytes more a number.
     """
     x, target = logits(), labels()
 
@@ -258,7 +260,7 @@ def test_the_peak_of_memory_is_not_lowered_by_garbage_of_the_call_before(monkeyp
 
 
 def test_the_references_neither_wait_for_the_gpu_nor_mix_it_with_the_host():
-    """On tensors that say they are on a GPU and hold nothing: reading a value on the host raises."""
+    """On tensors that say they are on a GPU and hold nothing: reading a value raises."""
     with FakeTensorMode():
         x = torch.empty(2, 5, 9, 9, device="cuda")
         target = torch.empty(2, 33, 33, dtype=torch.uint8, device="cuda")
@@ -270,6 +272,7 @@ def test_the_references_neither_wait_for_the_gpu_nor_mix_it_with_the_host():
         found = [
             *cross_entropy_reference(x, target, weight, None, 255, True, True),
             *cross_entropy_reference(x, target[:, :9, :9], None, None, 255, True, True),
+            cross_entropy_map_reference(x, target, weight, None, 255, True),
             *pseudo_label_reference(x, (33, 33), True, True, True),
             masked_percentile_reference(entropy, target != 255, queries),
             masked_percentile_reference(entropy[:0], target[:0] != 255, queries),

@@ -1,4 +1,4 @@
-"""Mean Teacher and CutMix-Seg: the losses by hand, who learns, and the moving average against torch's."""
+"""Mean Teacher and CutMix-Seg: the losses by hand, who learns, and the average against torch's."""
 
 import copy
 import math
@@ -10,6 +10,11 @@ from conftest import settings
 import mean_teacher
 from common import datasets
 from common.augment import normalise
+from common.data import train_loader
+from common.deeplabv3plus import DeepLabV3Plus
+
+CPU = torch.device("cpu")
+ITERATION = 5  # of `one_step`
 
 
 class Network(torch.nn.Module):
@@ -18,38 +23,66 @@ class Network(torch.nn.Module):
     def __init__(self, seed: int):
         super().__init__()
         torch.manual_seed(seed)
-        self.conv, self.norm, self.seen = torch.nn.Conv2d(3, 6, 1), torch.nn.BatchNorm2d(6), []
+        self.conv, self.norm = torch.nn.Conv2d(3, 6, 1), torch.nn.BatchNorm2d(6)
+        self.seen: list[tuple[torch.Tensor, bool]] = []
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         self.seen.append((images, self.training))
         return self.norm(self.conv(images[:, :, ::4, ::4]))
 
 
-def one_step(rt, *flags: str, iteration: int = 5):
-    """A step at `iteration` with a student and a teacher that differ."""
+def one_step(*flags: str):
+    """The losses of a student and a teacher that differ, at iteration 5.
+
+    Returns:
+        The networks with the student's gradients, the networks before, the measures, the labelled
+        batch, the unlabelled ones, and the settings.
+    """
     args = mean_teacher.parse_args(["--crop-size", "32", "-b", "4", *flags])
     data = datasets.load(settings())
-    batches = list(next(mean_teacher.load_batches(args, data, rt, iteration, iteration + 1)))
-    student, teacher = Network(1), Network(2).requires_grad_(False)
-    networks = {"teacher": teacher.train(not args.cutmix), "student": student}
+    strong = mean_teacher.student_view if args.colour_jitter else None
+    sources = [(data.labelled, 0, None), (data.unlabelled, 1, strong), (data.unlabelled, 2, strong)]
+    batch_l, *batches_u = (
+        next(iter(train_loader(data, items, stream, args, ITERATION, ITERATION + 1, further)))
+        for items, stream, further in sources[: 3 if args.cutmix else 2]
+    )
+    networks = {
+        "teacher": Network(2).requires_grad_(False).train(not args.cutmix),
+        "student": Network(1),
+    }
     before = copy.deepcopy(networks)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    both = networks["student"], networks["teacher"]
     torch.manual_seed(3)
-    measured = mean_teacher.train_step(networks, optimizer, batches, iteration, args, data, rt)
-    return networks, before, measured, batches, args
+    if args.cutmix:
+        measured = mean_teacher.cutmix_step(*both, batch_l, batches_u, ITERATION, args)
+    else:
+        measured = mean_teacher.noise_step(*both, batch_l, *batches_u, args)
+    measured["loss"].backward()
+    return networks, before, measured, batch_l, batches_u, args
 
 
-def test_squared_distance_and_confidence_by_hand(rt):
+def probabilities(network: Network, images: torch.Tensor) -> torch.Tensor:
+    """Its softmax at the images' size."""
+    logits = torch.nn.functional.interpolate(
+        network(images), (32, 32), mode="bilinear", align_corners=True
+    )
+    return logits.softmax(1)
+
+
+def test_squared_distance_and_confidence_by_hand():
     probs = torch.tensor([[[[0.5, 0.9]], [[0.5, 0.1]]]], requires_grad=True)  # (1,2,1,2)
     targets = torch.tensor([[[[0.98, 0.1]], [[0.02, 0.9]]]])
-    valid = torch.tensor([[[True, True]]])
-    distance = mean_teacher.squared_distance(probs, targets, valid, rt)
+    both = torch.tensor([[[True, True]]])
+    distance = mean_teacher.squared_distance(probs, targets, both)
     assert distance.item() == pytest.approx((2 * 0.48**2 + 2 * 0.8**2) / 2)
-    assert mean_teacher.confident_share(targets, valid, 0.97, rt).item() == 0.5
+    assert mean_teacher.confident_share(targets, both, 0.97).item() == 0.5
+
     one = torch.tensor([[[True, False]]])
-    assert mean_teacher.squared_distance(probs, targets, one, rt).item() == pytest.approx(2 * 0.48**2)
-    assert mean_teacher.confident_share(targets, one, 0.97, rt).item() == 1
-    nothing = mean_teacher.squared_distance(probs, targets, valid & False, rt)
+    distance = mean_teacher.squared_distance(probs, targets, one)
+    assert distance.item() == pytest.approx(2 * 0.48**2)
+    assert mean_teacher.confident_share(targets, one, 0.97).item() == 1
+
+    nothing = mean_teacher.squared_distance(probs, targets, both & False)
     nothing.backward()
     assert nothing.item() == 0 and probs.grad.abs().max() == 0
 
@@ -62,9 +95,11 @@ def test_the_average_is_that_of_torch():
     )
     averaged.update_parameters(student)  # the first call copies
     for step in range(4):
+        generator = torch.Generator()
         with torch.no_grad():
             for parameter in student.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step)))
+                generator.manual_seed(step)
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
         student(torch.randn(2, 3, 8, 8))
         mean_teacher.ema_update(teacher, student, 0.9, buffers=True)
         averaged.update_parameters(student)
@@ -74,59 +109,91 @@ def test_the_average_is_that_of_torch():
     assert teacher.norm.num_batches_tracked == student.norm.num_batches_tracked
 
 
-@pytest.mark.parametrize("flags", [("--noise-std", "0"), ("--cutmix",)])
-def test_the_student_learns_and_the_teacher_follows(flags, rt):
-    networks, before, measured, _, args = one_step(rt, *flags)
-    student, teacher = networks["student"], networks["teacher"]
-    assert not torch.equal(student.conv.weight, before["student"].conv.weight)
-    assert all(parameter.grad is None for parameter in teacher.parameters())
-    decay = min(1 - 1 / 6, 0.99)
+@pytest.mark.parametrize("buffers", [True, False])
+def test_the_average_by_hand(buffers: bool):
+    student, teacher = Network(1), Network(2)
+    student(torch.randn(2, 3, 8, 8))
+    before = copy.deepcopy(teacher)
+    mean_teacher.ema_update(teacher, student, 0.75, buffers)
     torch.testing.assert_close(
-        teacher.conv.weight, decay * before["teacher"].conv.weight + (1 - decay) * student.conv.weight.detach()
+        teacher.conv.weight, 0.75 * before.conv.weight + 0.25 * student.conv.weight
     )
-    if args.cutmix:
-        torch.testing.assert_close(
-            teacher.norm.running_mean, decay * before["teacher"].norm.running_mean + (1 - decay) * student.norm.running_mean
-        )
+    mean = 0.25 * student.norm.running_mean if buffers else torch.zeros(6)
+    torch.testing.assert_close(teacher.norm.running_mean, mean)
+
+
+@pytest.mark.parametrize("flags", [("--noise-std", "0"), ("--cutmix",)])
+def test_a_step_gives_the_student_a_gradient_and_the_teacher_none(flags):
+    networks, _, measured, *_ = one_step(*flags)
+    assert all(p.grad.abs().max() > 0 for p in networks["student"].conv.parameters())
+    assert all(parameter.grad is None for parameter in networks["teacher"].parameters())
     assert all(math.isfinite(value.item()) for value in measured.values())
 
 
-def test_the_first_average_is_the_student(rt):
-    networks, *_ = one_step(rt, "--cutmix", iteration=0)
-    torch.testing.assert_close(networks["teacher"].conv.weight, networks["student"].conv.weight)
+@pytest.mark.parametrize("flags", [("--noise-std", "0"), ("--cutmix",)])
+def test_the_student_learns_and_the_teacher_follows(flags, begin, train, monkeypatch):
+    """After each iteration the teacher is the average of its old self and the stepped student."""
+    calls, modes = [], set()
+
+    def note(teacher, student, decay: float, buffers: bool) -> None:
+        old = copy.deepcopy(teacher.state_dict())
+        ema_update(teacher, student, decay, buffers)
+        modes.add(teacher.training)
+        calls.append((old, *copy.deepcopy([student.state_dict(), teacher.state_dict()]), decay))
+
+    ema_update = mean_teacher.ema_update
+    monkeypatch.setattr(mean_teacher, "ema_update", note)
+    run = begin(mean_teacher, "--max-iters", "3", "--ema-decay", "0.6", *flags)
+    start = DeepLabV3Plus.from_settings(run.args, run.data.num_classes).state_dict()
+    kept = train(mean_teacher, run)
+
+    assert modes == {not run.args.cutmix}
+    assert [decay for *_, decay in calls] == [0, 1 / 2, 0.6]  # min(1 - 1/(t+1), 0.6)
+    name, statistics = "classifier.weight", "backbone.stem.0.1.running_mean"
+    assert torch.equal(calls[0][0][name], start[name])  # the teacher starts as the student does
+    assert torch.equal(calls[0][2][name], calls[0][1][name])  # the first average is the student
+    previous = start
+    for old, student, teacher, decay in calls:
+        assert not torch.equal(student[name], previous[name])  # the optimiser's step comes first
+        torch.testing.assert_close(teacher[name], decay * old[name] + (1 - decay) * student[name])
+        mean = decay * old[statistics] + (1 - decay) * student[statistics]
+        if not run.args.cutmix:  # the teacher keeps statistics of its own
+            mean = old[statistics]
+        torch.testing.assert_close(teacher[statistics], mean)
+        previous = student
+    assert torch.equal(kept["teacher"][name], calls[-1][2][name])
+    assert torch.equal(kept["student"][name], calls[-1][1][name])
 
 
-def test_a_mean_teacher_step_is_the_definition(rt):
-    networks, before, measured, (batch_l, batch_u), _ = one_step(rt, "--noise-std", "0", "--unsup-weight", "7")
+def test_a_mean_teacher_step_is_the_definition():
+    flags = ("--noise-std", "0", "--unsup-weight", "7")
+    networks, before, measured, batch_l, (batch_u,), _ = one_step(*flags)
     assert [training for _, training in networks["teacher"].seen] == [True, True]
     images = [normalise(batch["image"], batch["valid_mask"]) for batch in (batch_l, batch_u)]
     valid = torch.cat([batch_l["valid_mask"], batch_u["valid_mask"]])
     maps = {
-        name: torch.cat(
-            [torch.nn.functional.interpolate(f(x), (32, 32), mode="bilinear", align_corners=True).softmax(1) for x in images]
-        )
-        for name, f in before.items()
+        name: torch.cat([probabilities(network, x) for x in images])
+        for name, network in before.items()
     }
-    squares = (maps["student"] - maps["teacher"]).square().permute(0, 2, 3, 1)[valid]  # (pixels, classes)
+    squares = (maps["student"] - maps["teacher"]).square()
+    squares = squares.permute(0, 2, 3, 1)[valid]  # (pixels, classes)
     torch.testing.assert_close(measured["loss_unsup"], squares.mean())
     torch.testing.assert_close(measured["loss"], measured["loss_sup"] + 7 * squares.mean())
 
 
-def test_a_cutmix_step_is_the_definition(rt):
-    networks, before, measured, (_, u0, u1), args = one_step(rt, "--cutmix", "--conf-thresh", "0.3")
-    assert args.unsup_weight == 5 and measured["loss"] == measured["loss_sup"] + 5 * measured["loss_unsup"]
-    mask = mean_teacher.half_area_masks(4, 32, rt, args.seed, 5)
+def test_a_cutmix_step_is_the_definition():
+    flags = ("--cutmix", "--conf-thresh", "0.3")
+    networks, before, measured, _, (u0, u1), args = one_step(*flags)
+    assert args.unsup_weight == 5
+    assert measured["loss"] == measured["loss_sup"] + 5 * measured["loss_unsup"]
+    mask = mean_teacher.half_area_masks(4, 32, args.seed, ITERATION, CPU)
     images = [normalise(batch["image"], batch["valid_mask"]) for batch in (u0, u1)]
     mixed = torch.where(mask[:, None], images[1], images[0])
     torch.testing.assert_close(networks["student"].seen[1][0], mixed)
     assert [training for _, training in networks["teacher"].seen] == [False, False]
 
-    def probabilities(f, x):
-        return torch.nn.functional.interpolate(f(x), (32, 32), mode="bilinear", align_corners=True).softmax(1)
-
-    targets = torch.where(
-        mask[:, None], probabilities(before["teacher"], images[1]), probabilities(before["teacher"], images[0])
-    )
+    outside, inside = (probabilities(before["teacher"], x) for x in images)
+    targets = torch.where(mask[:, None], inside, outside)
     valid = torch.where(mask, u1["valid_mask"], u0["valid_mask"])
     squares = (probabilities(before["student"], mixed) - targets).square().sum(1)[valid].mean()
     share = (targets.amax(1) >= 0.3)[valid].double().mean()
@@ -135,19 +202,20 @@ def test_a_cutmix_step_is_the_definition(rt):
     assert measured["confident"].item() == pytest.approx(share.item())
 
 
-def test_noise_differs_between_student_and_teacher(rt):
-    networks, _, _, (batch_l, _), _ = one_step(rt, "--noise-std", "0.5")
+def test_noise_differs_between_student_and_teacher():
+    networks, _, _, batch_l, *_ = one_step("--noise-std", "0.5")
     clean = normalise(batch_l["image"], batch_l["valid_mask"])
     seen = [networks[name].seen[0][0] - clean for name in ("student", "teacher")]
     assert all(noise.std().item() == pytest.approx(0.5, rel=0.05) for noise in seen)
     assert abs((seen[0] * seen[1]).mean().item()) < 0.02
 
 
-def test_colour_jitter_reaches_the_student_alone(rt):
-    networks, _, _, (_, u0, u1), args = one_step(rt, "--cutmix", "--colour-jitter")
+def test_colour_jitter_reaches_the_student_alone():
+    networks, _, _, _, (u0, u1), args = one_step("--cutmix", "--colour-jitter")
     assert not torch.equal(u0["image"], u0["image_strong"])
     clean = [normalise(batch["image"], batch["valid_mask"]) for batch in (u0, u1)]
-    assert all(any(torch.equal(x, seen) for seen, _ in networks["teacher"].seen) for x in clean)
-    mask = mean_teacher.half_area_masks(4, 32, rt, args.seed, 5)
-    jittered = [normalise(batch["image_strong"], batch["valid_mask"]) for batch in (u0, u1)]
-    torch.testing.assert_close(networks["student"].seen[1][0], torch.where(mask[:, None], jittered[1], jittered[0]))
+    shown = [images for images, _ in networks["teacher"].seen]
+    assert all(any(torch.equal(x, images) for images in shown) for x in clean)
+    mask = mean_teacher.half_area_masks(4, 32, args.seed, ITERATION, CPU)
+    u0, u1 = (normalise(batch["image_strong"], batch["valid_mask"]) for batch in (u0, u1))
+    torch.testing.assert_close(networks["student"].seen[1][0], torch.where(mask[:, None], u1, u0))

@@ -29,6 +29,7 @@ after several steps of training.
 """
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,11 +39,14 @@ import torch
 import torch.nn.functional as F
 from test_u2pl import in_turn
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 import u2pl
-from common import cli, cutmix
-from common.deeplabv3plus import parameter_groups
+from common import cutmix
+from common.run import Run
+from common.schedule import Schedule
 from kernels import pseudo_label
+from u2pl import MemoryBank
 
 FIGURES = Path(__file__).parent / "released" / "u2pl.json"
 ONE_FUNCTION, SEVERAL_STEPS = 1e-5, 1e-4
@@ -125,6 +129,7 @@ class Small(nn.Module):
 
     def __init__(self, auxiliary: bool):
         super().__init__()
+        self.feature_channels = CHANNELS
         self.backbone = nn.Sequential(nn.Conv2d(3, 12, 3, 4, 1), nn.BatchNorm2d(12), nn.ReLU())
         self.classifier = nn.Conv2d(12, CLASSES, 1)
         self.representation = nn.Conv2d(12, CHANNELS, 1)
@@ -167,7 +172,7 @@ def first_of(candidates: Tensor, most: int) -> tuple[Tensor, Tensor]:
     return order[:, :most], candidates.sum(1).clamp_max(most)
 
 
-def oldest_first(bank: u2pl.MemoryBank, anchors: int, negatives: int) -> Tensor:
+def oldest_first(bank: MemoryBank, anchors: int, negatives: int) -> Tensor:
     """`MemoryBank.draw` without chance: the keys one after the other, the oldest first."""
     drawn = torch.arange(anchors * negatives) % bank.filled.clamp_min(1)[:, None]
     oldest = (bank.head - bank.filled)[:, None]
@@ -179,12 +184,17 @@ def oldest_first(bank: u2pl.MemoryBank, anchors: int, negatives: int) -> Tensor:
 def in_order(monkeypatch):
     monkeypatch.setattr(u2pl, "choose", in_turn)
     monkeypatch.setattr(u2pl, "choose_once", first_of)
-    monkeypatch.setattr(u2pl.MemoryBank, "draw", oldest_first)
+    monkeypatch.setattr(MemoryBank, "draw", oldest_first)
 
 
-def precise_bank() -> u2pl.MemoryBank:
+def small_bank() -> MemoryBank:
+    """A bank of `CAPACITY` keys a class, on the CPU."""
+    return MemoryBank(CLASSES, CAPACITY, CHANNELS, torch.device("cpu"))
+
+
+def precise_bank() -> MemoryBank:
     """A small bank in float32; float16 keys (difference 5) would hide what else differs."""
-    bank = u2pl.MemoryBank(CLASSES, CAPACITY, CHANNELS)
+    bank = small_bank()
     bank.keys = bank.keys.float()
     return bank
 
@@ -204,33 +214,33 @@ def close(found: Tensor | float, expected: float, tolerance: float = ONE_FUNCTIO
 
 
 @pytest.mark.parametrize("kind", ["plain", "ohem 100", "ohem 1000", "ohem 1080"])
-def test_the_supervised_loss_is_the_released_one(kind, released, rt):
+def test_the_supervised_loss_is_the_released_one(kind, released):
     """1000 of 1089 pixels an image exceed those below 0.7; 1080 exceed the valid ones."""
     inputs, figures = supervised_inputs(), released["supervised"][kind]
     logits, auxiliary = inputs["logits"].requires_grad_(), inputs["auxiliary"].requires_grad_()
-    args = u2pl.parse_args([])
-    if kind != "plain":
-        args.ohem, args.aux_weight = (0.7, int(kind.split()[1])), 0.4
-    with_auxiliary = auxiliary if args.aux_weight else None
-    loss = u2pl.supervised_loss(logits, with_auxiliary, inputs["target"].to(torch.uint8), args, rt)
+    target = inputs["target"].to(torch.uint8)
+    if kind == "plain":
+        loss = u2pl.supervised_loss(logits, None, target, None, 0.0)
+    else:
+        loss = u2pl.supervised_loss(logits, auxiliary, target, (0.7, int(kind.split()[1])), 0.4)
     loss.backward()
     close(loss, figures["loss"])
     close(logits.grad.norm(), figures["gradient"])
-    if with_auxiliary is not None:
+    if kind != "plain":
         close(auxiliary.grad.norm(), figures["gradient_auxiliary"])
 
 
 @pytest.mark.parametrize("alpha", [20.0, 7.0])
 @pytest.mark.parametrize("padding", [False, True])
-def test_the_unsupervised_loss_is_the_released_one(alpha, padding, released, rt):
+def test_the_unsupervised_loss_is_the_released_one(alpha, padding, released):
     """Padding counts nowhere (difference 10): the release has it in the numerator of the weight."""
     figures = released["unsup"][f"alpha {alpha:g}, padding {padding}"]
     inputs = unsup_inputs(padding)
     logits, label = inputs["logits"].requires_grad_(), inputs["label"].to(torch.uint8)
     size = label.shape[1:]
     entropy = pseudo_label(inputs["logits_t"], size, with_entropy=True).entropy
-    gamma = u2pl.entropy_percentiles(entropy, label, alpha, rt, "torch")[1]
-    loss, kept = u2pl.unsup_loss(logits, label, entropy, gamma, rt, "torch")
+    gamma = u2pl.entropy_percentiles(entropy, label, alpha)[1]
+    loss, kept = u2pl.unsup_loss(logits, label, entropy, gamma)
     loss.backward()
     valid = (label != 255).sum().item()
     assert round(kept.item() * valid) == figures["kept"]
@@ -242,23 +252,24 @@ def test_the_unsupervised_loss_is_the_released_one(alpha, padding, released, rt)
 def roles_of(inputs: dict) -> tuple[Tensor, Tensor, Tensor]:
     """Positives, anchors and negatives under the release's rule for negatives (difference 1)."""
     names = ("logits_t", "target_l", "label_u", "entropy", "percentiles")
-    return u2pl.pixel_roles(*(inputs[name] for name in names), as_released())
+    flags = u2pl.role_flags(as_released())
+    return u2pl.pixel_roles(*(inputs[name] for name in names), **flags)
 
 
-def contrast_step(inputs: dict, bank: u2pl.MemoryBank, rt) -> tuple[Tensor, Tensor, list[int]]:
+def contrast_step(inputs: dict, bank: MemoryBank) -> tuple[Tensor, Tensor, list[int]]:
     """L_c, its gradient's length, and the new keys of each class."""
     features = inputs["features"].requires_grad_()
     roles = roles_of(inputs)
-    loss, _ = u2pl.contrast_loss(features, inputs["features_t"], roles, bank, rt, "torch")
+    loss, _ = u2pl.contrast_loss(features, inputs["features_t"], roles, bank)
     loss.backward()
     return loss.detach(), features.grad.norm(), roles[2].sum(1).tolist()
 
 
-def test_three_steps_of_the_contrast_are_the_released_ones(released, rt, in_order):
+def test_three_steps_of_the_contrast_are_the_released_ones(released, in_order):
     """Every class is present, so that the fault of pairing (difference 4a) changes nothing."""
     bank, offered = precise_bank(), [0] * CLASSES
     for step, figures in enumerate(released["contrast"]["all present"]):
-        loss, gradient, new_keys = contrast_step(contrast_inputs(step), bank, rt)
+        loss, gradient, new_keys = contrast_step(contrast_inputs(step), bank)
         assert new_keys == figures["new_keys"]
         assert bank.filled.tolist() == figures["filled"]
         close(loss, figures["loss"])
@@ -267,20 +278,20 @@ def test_three_steps_of_the_contrast_are_the_released_ones(released, rt, in_orde
     assert max(offered) > CAPACITY  # old keys went
 
 
-def test_float16_keys_change_the_contrast_by_less_than_a_thousandth(released, rt, in_order):
+def test_float16_keys_change_the_contrast_by_less_than_a_thousandth(released, in_order):
     """Difference 5."""
-    bank = u2pl.MemoryBank(CLASSES, CAPACITY, CHANNELS)
+    bank = small_bank()
     for step, figures in enumerate(released["contrast"]["all present"]):
-        loss, gradient, _ = contrast_step(contrast_inputs(step), bank, rt)
+        loss, gradient, _ = contrast_step(contrast_inputs(step), bank)
         close(loss, figures["loss"], 1e-3)
         close(gradient, figures["gradient"], 1e-3)
 
 
-def test_the_release_pairs_class_i_with_the_bank_of_the_ith_class_present(released, rt, in_order):
+def test_the_release_pairs_class_i_with_the_bank_of_the_ith_class_present(released, in_order):
     """Difference 4a. With class 1 absent, the released figure is ours after the same mistake."""
     (figures,) = released["contrast"]["class 1 absent"]
     inputs = contrast_inputs(0, absent=1)
-    loss, _, new_keys = contrast_step(inputs, precise_bank(), rt)
+    loss, _, new_keys = contrast_step(inputs, precise_bank())
     assert new_keys == figures["new_keys"] and new_keys[1] == 0
     assert abs(loss.item() / figures["loss"] - 1) > 0.1
 
@@ -291,7 +302,7 @@ def test_the_release_pairs_class_i_with_the_bank_of_the_ith_class_present(releas
     for i, c in enumerate(present):  # class i uses the bank of class c
         positive[c], anchor[c] = roles[0][i], roles[1][i]
     features, mistaken, bank = inputs["features"], (positive, anchor, roles[2]), precise_bank()
-    loss, _ = u2pl.contrast_loss(features, inputs["features_t"], mistaken, bank, rt, "torch")
+    loss, _ = u2pl.contrast_loss(features, inputs["features_t"], mistaken, bank)
     counted = positive.any(1).sum()  # class 1 has no pixels: 3 of the 4 that the release divides by
     close(loss * counted / len(present), figures["loss"])
 
@@ -311,41 +322,86 @@ def test_the_release_gives_the_first_image_the_labels_of_all(released):
 # -------------------------------------------------------------------------- whole steps
 
 
-def our_steps(kind: str, rt, monkeypatch) -> list[dict]:
-    """What `released["steps"]` holds, from our training step."""
+class Steps(Run):
+    """What `u2pl.main` needs around its loop, on the inputs of the released steps.
+
+    Attributes:
+        steps: what `released["steps"]` holds of each iteration.
+    """
+
+    def __init__(self, args: Namespace, count: int):
+        self.args, self.count, self.device = args, count, torch.device("cpu")
+        self.data = SimpleNamespace(num_classes=CLASSES, labelled=None, unlabelled=None, val=None)
+        self.schedule = Schedule(args, count, processes=1)
+        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
+        self.steps, self.alphas = [], [0.0]
+
+    def place(self, network: nn.Module) -> nn.Module:
+        return network
+
+    def parallel(self, network: nn.Module) -> nn.Module:
+        return network
+
+    def keep(self, result: str, **parts) -> None:
+        self.parts = parts
+        self.scheduler = LambdaLR(parts["optimizer"], self.schedule.factor)
+
+    def say(self, text: str) -> None:
+        pass
+
+    def batches(self, items, stream: int) -> None:
+        pass
+
+    def iterations(self, *loaders):
+        for iteration in range(self.schedule.total):
+            batch_l, batch_u = step_inputs(iteration, self.count)
+            batch_l["target"] = batch_l["target"].to(torch.uint8)
+            yield iteration, (batch_l, batch_u)
+
+    def evaluates(self) -> bool:
+        return False
+
+    def log(self, measures: dict[str, Tensor]) -> None:
+        student, teacher, bank = (self.parts[name] for name in ("student", "teacher", "bank"))
+        step = {name: measures[name].item() for name in LOSSES}
+        step.update(lr=self.scheduler.get_last_lr()[0], alpha=self.alphas[-1])
+        step.update(student=length(student), teacher=length(teacher))
+        step.update(apart=apart(student, teacher), filled=bank.filled.tolist())
+        self.steps.append(step)
+        self.scheduler.step()
+
+    def finish(self, results: dict, measured: dict) -> None:
+        pass
+
+
+def our_steps(kind: str, monkeypatch) -> list[dict]:
+    """What `released["steps"]` holds, from our `main`."""
     voc = kind == "voc"
     count, warm_up, total = (1, 1, 7) if voc else (2, 0, 5)
     flags = [f"--max-iters={total}", f"--warmup-iters={warm_up}", "--ema-decay=0.7"]
-    args = as_released(*flags, f"--cutmix-prob={0 if voc else 1}", "--contrast-weight=1")
+    flags += [f"--cutmix-prob={0 if voc else 1}", "--contrast-weight=1"]
+    flags += ["--lr=0.01", f"--head-lr-mult={10 if voc else 1}", "--weight-decay=1e-3"]
+    args = as_released(*flags)
+    args.decay_norm = True
     if not voc:
         args.ohem, args.aux_weight = (0.7, 300), 0.4
-    networks = {name: Small(not voc) for name in ("student", "teacher")}
-    networks["bank"] = precise_bank()
-    head_lr_mult = 10 if voc else 1
-    groups = parameter_groups(networks["student"], 0.01, head_lr_mult, 1e-3, decay_norm=True)
-    optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
-    schedule = cli.Schedule(args, count, rt.world)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
-    data = SimpleNamespace(num_classes=CLASSES, unlabelled=range(count))
-    masks = torch.stack([box_mask(box) for box in BOXES])
-    monkeypatch.setattr(u2pl, "wide_box_masks", lambda *_: masks)
-    alphas, percentiles = [0.0], u2pl.entropy_percentiles
-    record = lambda *a: alphas.append(a[2]) or percentiles(*a)  # noqa: E731
-    monkeypatch.setattr(u2pl, "entropy_percentiles", record)
 
-    steps = []
-    for iteration in range(total):
-        step = {"lr": scheduler.get_last_lr()[0]}
-        batches = step_inputs(iteration, count)
-        batches[0]["target"] = batches[0]["target"].to(torch.uint8)
-        measured = u2pl.train_step(networks, optimizer, batches, iteration, args, data, rt)
-        scheduler.step()
-        step.update({name: measured[name].item() for name in LOSSES})
-        step.update({name: length(networks[name]) for name in ("student", "teacher")})
-        step["apart"] = apart(networks["student"], networks["teacher"])
-        step.update(alpha=alphas[-1], filled=networks["bank"].filled.tolist())
-        steps.append(step)
-    return steps
+    run = Steps(args, count)
+    masks = torch.stack([box_mask(box) for box in BOXES])
+    percentiles = u2pl.entropy_percentiles
+    record = lambda *a: run.alphas.append(a[2]) or percentiles(*a)  # noqa: E731
+    replaced = {
+        "Run": lambda args: run,
+        "Network": lambda *_: Small(not voc),
+        "MemoryBank": lambda *_: precise_bank(),
+        "wide_box_masks": lambda *_: masks,
+        "entropy_percentiles": record,
+        "validate": lambda *_: ({}, {}),
+    }
+    for name, value in replaced.items():
+        monkeypatch.setattr(u2pl, name, value)
+    u2pl.main(args)
+    return run.steps
 
 
 def box_mask(box: tuple[int, int, int, int]) -> Tensor:
@@ -357,7 +413,7 @@ def box_mask(box: tuple[int, int, int, int]) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["voc", "cityscapes"])
-def test_training_steps_are_the_released_ones(kind, released, rt, monkeypatch, in_order):
+def test_training_steps_are_the_released_ones(kind, released, monkeypatch, in_order):
     """Losses, α_e, learning rate, bank and networks after each step, m = min(1 - 1/t, 0.7).
 
     voc: 1 + 1 images, a warm-up of one step, then six; the head learns 10 times as fast. One image
@@ -369,7 +425,7 @@ def test_training_steps_are_the_released_ones(kind, released, rt, monkeypatch, i
     the teacher is not compared, its statistics are the student's (8).
     """
     figures = released["steps"][kind]
-    found = our_steps(kind, rt, monkeypatch)
+    found = our_steps(kind, monkeypatch)
     for step, expected in zip(found, figures, strict=True):
         assert step["filled"] == expected["filled"]
         in_warm_up = expected["alpha"] == 0

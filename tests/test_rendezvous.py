@@ -32,7 +32,9 @@ def test_every_attempt_has_a_token_of_its_own():
     store = dist.HashStore()
     first = meet_in_threads(store, 3)
     assert first[0] and len(set(first)) == 1
-    second = meet_in_threads(store, 3, late=0.1)  # process 0 reads the questions of the first attempt
+    second = meet_in_threads(
+        store, 3, late=0.1
+    )  # process 0 reads the questions of the first attempt
     assert second[0] and len(set(second)) == 1 and second[0] != first[0]
 
 

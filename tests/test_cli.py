@@ -1,0 +1,85 @@
+"""Presets, help, and what the flags leave open."""
+
+import math
+
+import pytest
+
+import cps
+import mean_teacher
+import stpp
+import supervised
+import u2pl
+from common import cli
+from common.datasets import DATASETS
+from common.schedule import Schedule
+
+SCRIPTS = (cps, mean_teacher, stpp, supervised, u2pl)
+EVERY_PRESET = {
+    "backbone", "weights", "output_stride", "batch_size", "eval_window", "crop_size", "scale", "lr",
+    "head_lr_mult", "weight_decay", "decay_norm", "ohem",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_presets_are_complete(script):
+    assert set(script.PRESETS) == set(DATASETS)
+    for preset in script.PRESETS.values():
+        assert set(preset) >= EVERY_PRESET
+        length = {"epochs", "max_iters"} & set(preset)
+        assert length == {"epochs", "max_iters"} or not isinstance(preset.get("epochs"), dict)
+        assert length and len({"eval_interval", "eval_iters"} & set(preset)) == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_help_shows_every_default(script, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for data, preset in script.PRESETS.items():
+        part = shown.split(f" {data}: split ")[1].split(": split ")[0]
+        assert part.startswith(f"{DATASETS[data].split}, ")
+        for key, value in preset.items():
+            assert value is None or f"{key} {value}" in part
+
+
+def test_the_window_is_the_crop_and_a_users_list_has_no_published_schedule():
+    args = cps.parse_args(["--data", "cityscapes", "--crop-size", "512"])
+    assert args.eval_window == 512
+    args = cps.parse_args(["--data", "voc", "--labelled-list", "my92.txt"])
+    assert (args.split, args.epochs, args.max_iters) == ("my92.txt", None, 39_000)
+    assert args.output_dir == "runs/cps-voc-my92-seed0"
+
+
+@pytest.mark.parametrize(
+    ("world", "batch", "said"),
+    [(4, 2, ""), (3, 2, "note: 3 processes with 2 images each, not 8 in all"), (8, 2, "not 8 in")],
+)
+def test_a_preset_that_processes_cannot_share_is_said_so(
+    world: int, batch: int, said: str, monkeypatch, capsys
+):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    assert cps.parse_args([]).batch_size == batch
+    printed = capsys.readouterr().err
+    assert said in printed if said else not printed
+
+
+def test_workers_need_shared_memory(monkeypatch, capsys):
+    """PyTorch's workers wait forever where /dev/shm is full, as in a small container."""
+    monkeypatch.setattr(cli, "shared_memory", lambda: 1e6)
+    command = ["--data", "camvid", "--weights", "none"]
+    assert cps.parse_args(command).workers == 0
+    assert "note: /dev/shm has 1 MB" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cps.parse_args([*command, "-j", "1"])
+    message = "which has 1; use -j 0, or start the container with --shm-size"
+    assert message in capsys.readouterr().err
+    monkeypatch.setattr(cli, "shared_memory", lambda: math.inf)
+    assert cps.parse_args([*command, "-j", "1"]).workers == 1
+
+
+def test_epochs_give_the_papers_iterations():
+    for split, labelled in (("1/16", 662), ("1/8", 1323), ("1/4", 2646), ("1/2", 5291)):
+        args = cps.parse_args(["--data", "voc", "--split", split, "--weights", "none"])
+        assert 39_000 <= Schedule(args, 10582 - labelled, 1).total <= 39_700
+    args = cps.parse_args(["--data", "voc", "--split", "183"])
+    assert Schedule(args, 10582 - 183, 1).total == 39_000

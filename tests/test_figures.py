@@ -1,0 +1,56 @@
+"""The strip of pseudo-labels: what is kept, what is drawn, and what a run without an image does."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from conftest import settings
+from PIL import Image
+
+from common import datasets, figures
+
+
+class Constant(torch.nn.Module):
+    """Gives every pixel one label."""
+
+    def __init__(self, label: int):
+        super().__init__()
+        self.scores = torch.nn.Parameter(torch.eye(6)[label])
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.scores.view(1, 6, 1, 1).expand(len(images), 6, 16, 16)
+
+
+def test_pseudo_labels_are_kept_by_image_and_drawn_beside_the_truth(tmp_path):
+    data = datasets.load(settings())
+    args = SimpleNamespace(output_dir=str(tmp_path), eval_window=0)
+    (tmp_path / "figures").mkdir()
+    figures.pseudo_label_strip(data, args)  # nothing kept: nothing drawn
+    assert not (tmp_path / "figures" / "pseudo_labels.png").exists()
+    for label in range(3):
+        figures.keep_pseudo_labels(Constant(label), 10 * label, data, args)
+    kept = figures.read_pseudo_labels(tmp_path)
+    shown = [item.name for item in figures.spread(data.audit, 4)]
+    assert set(kept) == {f"{iteration}/{name}" for iteration in (0, 10, 20) for name in shown}
+    assert all((kept[f"20/{name}"] == 2).all() for name in shown)
+    figures.pseudo_label_strip(data, args)
+    drawn = Image.open(tmp_path / "figures" / "pseudo_labels.png")
+    assert drawn.width > 400
+
+
+def test_an_image_that_is_gone_does_not_shift_the_others(tmp_path, monkeypatch):
+    """Found wrong once: labels kept by their place stood beside another image afterwards."""
+    data = datasets.load(settings())
+    args = SimpleNamespace(output_dir=str(tmp_path), eval_window=0)
+    (tmp_path / "figures").mkdir()
+    figures.keep_pseudo_labels(Constant(1), 5, data, args)
+    fewer = replace(data, audit=data.audit[:1] + data.audit[2:])
+    columns = {}
+    monkeypatch.setattr(figures, "grid", lambda given, *_, **__: columns.update(given))
+    figures.pseudo_label_strip(fewer, args)
+    known = {item.name for item in figures.spread(data.audit, 4)}
+    both = [item for item in figures.spread(fewer.audit, 4) if item.name in known]
+    assert len(columns["5"]) == len(columns["input"]) == len(both) > 0
+    first = figures.some_images(fewer, both, 1)[0]
+    assert np.array_equal(columns["input"][0], first["image"].numpy())
