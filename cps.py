@@ -245,6 +245,29 @@ def overlap(label_1: Tensor, label_2: Tensor, valid_mask: Tensor, background: in
     return ((label_1 == label_2) & counted).sum() / counted.sum().clamp_min(1)
 
 
+@torch.no_grad()
+def targets(logits: Tensor, size: tuple[int, int], soft: bool) -> Tensor:
+    """What one network teaches the other: labels (N,H,W) uint8, or in CPC probabilities (N,C,H,W).
+
+    Args:
+        logits: (N,C,h,w).
+        size: (H,W).
+        soft: probabilities (CPC).
+    """
+    return full_softmax(logits, size) if soft else pseudo_label(logits, size).label
+
+
+@torch.no_grad()
+def mixed_targets(
+    network: nn.Module, images_0: Tensor, images_1: Tensor, mask: Tensor, soft: bool
+) -> Tensor:
+    """Step 4: ŷ_k = m·argmax f_k(u1) + (1-m)·argmax f_k(u0), from the unmixed images (N,3,H,W)."""
+    size = images_0.shape[2:]
+    outside = targets(network(images_0), size, soft)
+    inside = targets(network(images_1), size, soft)
+    return mix(mask, inside, outside)
+
+
 def train_step(
     f1: nn.Module,
     f2: nn.Module,
@@ -271,14 +294,7 @@ def train_step(
 
     # 2. L_s = CE(f1(x_l), y) + CE(f2(x_l), y), from logits at stride 4, (N,C,H/4,W/4).
     logits_l1, logits_l2 = f1(images_l), f2(images_l)
-    loss_sup_1 = labelled_loss(logits_l1, target_l, args.ohem)
-    loss_sup_2 = labelled_loss(logits_l2, target_l, args.ohem)
-    loss_sup = loss_sup_1 + loss_sup_2
-
-    def targets(logits: Tensor) -> Tensor:
-        """What one network teaches the other: labels (N,H,W), or probabilities (N,C,H,W) in CPC."""
-        with torch.no_grad():
-            return full_softmax(logits, size) if args.soft else pseudo_label(logits, size).label
+    loss_sup = sum(labelled_loss(z, target_l, args.ohem) for z in (logits_l1, logits_l2))
 
     if args.cutmix:
         # 3. One mask an image, (N,H,W) bool; x_m = m·u1 + (1-m)·u0
@@ -286,25 +302,21 @@ def train_step(
         images_m = mix(mask, images_u[1], images_u[0])
         valid_mask = mix(mask, batches_u[1]["valid_mask"], batches_u[0]["valid_mask"])
 
-        # 4. ŷ_k = m·argmax f_k(u1) + (1-m)·argmax f_k(u0)
-        # Each forward pass has its own batch statistics, as released.
-        with torch.no_grad():
-            outside_1, inside_1 = [targets(f1(images)) for images in images_u]
-            outside_2, inside_2 = [targets(f2(images)) for images in images_u]
-        pseudo_1, pseudo_2 = mix(mask, inside_1, outside_1), mix(mask, inside_2, outside_2)
+        # 4. Each forward pass has its own batch statistics, as released.
+        pseudo_1 = mixed_targets(f1, *images_u, mask, args.soft)
+        pseudo_2 = mixed_targets(f2, *images_u, mask, args.soft)
         logits_1, logits_2 = f1(images_m), f2(images_m)
     else:
         # 3., 4. Labelled and unlabelled images, with labels from this very forward pass.
         logits_1 = torch.cat([logits_l1, f1(images_u[0])])
         logits_2 = torch.cat([logits_l2, f2(images_u[0])])
         valid_mask = torch.cat([batch_l["valid_mask"], batches_u[0]["valid_mask"]])
-        pseudo_1, pseudo_2 = targets(logits_1), targets(logits_2)
+        pseudo_1, pseudo_2 = (targets(z, size, args.soft) for z in (logits_1, logits_2))
 
     # 5. L_cps = CE(f1(x_m), ŷ2) + CE(f2(x_m), ŷ1)
     one_direction = cpc_loss if args.soft else cps_loss
     loss_unsup_1 = one_direction(logits_1, pseudo_2, valid_mask)
-    loss_unsup_2 = one_direction(logits_2, pseudo_1, valid_mask)
-    loss_unsup = loss_unsup_1 + loss_unsup_2
+    loss_unsup = loss_unsup_1 + one_direction(logits_2, pseudo_1, valid_mask)
 
     # 6. L = L_s + λ·L_cps
     loss = loss_sup + args.cps_weight * loss_unsup
