@@ -837,8 +837,7 @@ def main(args: argparse.Namespace) -> None:
     if args.contrast:
         bank = MemoryBank(data.num_classes, CAPACITY, student.feature_channels, run.device)
     optimizer = sgd([student], args)
-    kept = {"bank": bank} if bank else {}
-    run.keep(result="teacher", teacher=teacher, student=student, optimizer=optimizer, **kept)
+    run.keep(result="teacher", teacher=teacher, student=student, optimizer=optimizer, bank=bank)
     trained = run.parallel(student)
     announce(run, bank, warm_up)
 
@@ -856,8 +855,7 @@ def main(args: argparse.Namespace) -> None:
             # 7. SGD;  m = min(1 - 1/t, 0.99), t = 1 in the first iteration after the warm-up
             run.step(measured["loss"], optimizer)
             t = iteration - warm_up + 1
-            decay = min(1 - 1 / t, args.ema_decay)
-            ema_update(teacher, student, decay)
+            ema_update(teacher, student, decay=min(1 - 1 / t, args.ema_decay))
         run.log(measured)
     run.finish(*validate(run, teacher, student, bank))
 

@@ -98,11 +98,13 @@ class Run:
 
         Args:
             result: the network among `parts` that is the method's result.
-            parts: networks, optimisers, and whatever else has a `state_dict`. `best.pt` and
-                `common.predict` know the networks alone.
+            parts: networks, optimisers, and whatever else has a `state_dict`; None is left out.
+                `best.pt` and `common.predict` know the networks alone.
         """
         self.result = result
         for name, part in parts.items():
+            if part is None:
+                continue
             if isinstance(part, nn.Module):
                 self.networks[name] = part
                 continue
