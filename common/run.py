@@ -302,12 +302,6 @@ def to_device(batch: dict, device: torch.device) -> dict:
     }
 
 
-def unwrap(network: nn.Module) -> nn.Module:
-    """The network inside what `Run.parallel` made of it."""
-    network = getattr(network, "_orig_mod", network)
-    return getattr(network, "module", network)
-
-
 def sgd(networks: Sequence[DeepLabV3Plus], args: argparse.Namespace) -> torch.optim.SGD:
     """SGD with momentum 0.9 over the networks that learn; backbones and heads have their rates."""
     groups = [

@@ -11,7 +11,7 @@ from torch import nn
 
 from common import distributed
 from common.deeplabv3plus import DeepLabV3Plus
-from common.run import Run, place, unwrap
+from common.run import Run, place
 from common.sync_batch_norm import SyncBatchNorm
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def sharing() -> dict:
     trained(torch.randn(2, 3, 32, 32)).mean().backward()
     return {
         "wrapped": isinstance(trained, nn.parallel.DistributedDataParallel),
-        "unwrapped": unwrap(trained) is network,
+        "unwrapped": getattr(trained, "module", trained) is network,
         "shared": same and all(p.grad is not None for p in network.parameters()),
         "norms": all(type(norm) is SyncBatchNorm for norm in norms) and len(norms) > 0,
     }
