@@ -26,7 +26,8 @@ same image.
        x_m = m·u1 + (1-m)·u0,   p'_m = m·p'(u1) + (1-m)·p'(u0)
        L_u = (share of pixels with max p'_m >= 0.97)
              · mean over pixels of sum_c (p(x_m) - p'_m)²                                [section 3]
-4. L = L_s + w·L_u;  SGD step for the student.
+4. L = L_s + w·L_u;  SGD step for the student. With --ramp-up, w grows in the first T iterations:
+       w(t) = w·exp(-5 (1 - t/T)²)                               [the release, after 1610.02242]
 5. teacher <- α·teacher + (1-α)·student,   α = min(1 - 1/(t+1), 0.99) at iteration t = 0, 1, ...
 The teacher is the result; the student is reported beside it.
 
@@ -41,9 +42,10 @@ The teacher is the result; the student is reported beside it.
 Differences from the papers and the released code:
 1. Mean Teacher was published for image classification. The setting here is the one that the authors
    of CPS released for VOC: w = 100 from the start, the same crops for both networks, labelled and
-   unlabelled images in forward passes of their own. They add no noise (--noise-std 0), keep
-   α = 0.99 from the start, average between the labelled and the unlabelled forward pass, before
-   the optimiser's step, and evaluate the student. On Cityscapes w and OHEM are our choice.
+   unlabelled images in forward passes of their own. On the built-in set w is ramped up. They add
+   no noise (--noise-std 0), keep α = 0.99 from the start, average between the labelled and the
+   unlabelled forward pass, before the optimiser's step, and evaluate the student. On Cityscapes w
+   and OHEM are our choice.
 2. In Mean Teacher the teacher runs in train mode and its BatchNorm keeps statistics of its own, as
    theirs does. Dropout is active with it; their network has none.
 3. In CutMix-Seg the teacher's BatchNorm statistics are averages of the student's, like its weights,
@@ -66,6 +68,7 @@ Differences from the papers and the released code:
 
 import argparse
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
@@ -85,28 +88,31 @@ from common.run import Run, sgd
 # schedules are those of cps.py: on voc, its authors released Mean Teacher with the same
 # (exp.voc/voc8.res50v3+.MeanTeacher), on cityscapes CPS alone. Those of the other data sets are
 # our own choice.
-SHAPES = {  # a small network, trained from scratch on a CPU
+SHAPES = {  # a small network with pretrained weights of its own, for a CPU
     "backbone": "tiny",
-    "weights": "none",
+    "weights": "blots",
     "output_stride": 8,
-    "max_iters": 1400,
+    "dropout": 0.1,
+    "max_iters": 800,
     "batch_size": 8,
     "crop_size": 64,
-    "scale": "0.5,0.75,1,1.5,1.75,2",
-    "lr": 0.1,
-    "head_lr_mult": 1.0,
+    "scale": "0.75,1,1.25,1.5",
+    "lr": 0.03,
+    "head_lr_mult": 3.0,
     "weight_decay": 1e-4,
     "decay_norm": False,
     "ohem": None,
-    # w: chosen on seeds 100 and 101, see common/results/README.md.
-    "unsup_weight": {"noise": 10.0, "cutmix": 5.0},
+    # w as on voc; the ramp-up is our choice, see common/results/README.md.
+    "unsup_weight": {"noise": 100.0, "cutmix": 1.0},
+    "ramp_up": {"noise": 0.4, "cutmix": 0.0},
     "eval_window": 0,  # whole images
-    "eval_iters": 200,
+    "eval_iters": 400,
 }
 CAMVID = {
     "backbone": "resnet50",
     "weights": "imagenet",
     "output_stride": 16,
+    "dropout": 0.5,
     "epochs": 300,
     "batch_size": 8,
     "crop_size": 320,
@@ -117,6 +123,7 @@ CAMVID = {
     "decay_norm": False,
     "ohem": None,
     "unsup_weight": {"noise": 100.0, "cutmix": 1.0},
+    "ramp_up": 0.0,
     "eval_window": 0,
     "eval_interval": 10,
 }
@@ -124,6 +131,7 @@ VOC = {
     "backbone": "resnet50",
     "weights": "imagenet",
     "output_stride": 16,
+    "dropout": 0.5,
     # Passes over the unlabelled images: about 39 000 iterations on each split.
     "epochs": {"1/16": 32, "1/8": 34, "1/4": 40, "1/2": 60},
     "max_iters": 39_000,  # of every other split
@@ -138,6 +146,7 @@ VOC = {
     "decay_norm": False,  # BatchNorm and biases do not decay
     "ohem": None,
     "unsup_weight": {"noise": 100.0, "cutmix": 1.0},  # of CPS's authors; of French et al.
+    "ramp_up": 0.0,
     "eval_window": 0,  # our choice
     "eval_interval": 1,  # our choice
 }
@@ -156,6 +165,7 @@ CITYSCAPES = VOC | {
 FOLDER = VOC | {"epochs": 60, "max_iters": None}  # whatever the split
 PRESETS = {
     "shapes": SHAPES,
+    "shapes-zipf": SHAPES,
     "camvid": CAMVID,
     "voc": VOC,
     "cityscapes": CITYSCAPES,
@@ -172,7 +182,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--unsup-weight",
         type=float,
         metavar="W",
-        help="w of the consistency loss (default: 100, shapes 10; with CutMix 1, shapes 5)",
+        help="w of the consistency loss (default: 100; with CutMix 1)",
+    )
+    group.add_argument(
+        "--ramp-up",
+        type=float,
+        metavar="SHARE",
+        help="share of the iterations over which w grows from 0.7 %% of its value "
+        "(default: 0; shapes 0.4, with CutMix 0)",
     )
     group.add_argument(
         "--ema-decay",
@@ -204,15 +221,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     given, _ = parser.parse_known_args(argv)
     args = cli.finish(parser, PRESETS, "mean_teacher" + ("-cutmix" if given.cutmix else ""), argv)
-    if isinstance(args.unsup_weight, dict):
-        args.unsup_weight = args.unsup_weight["cutmix" if args.cutmix else "noise"]
+    for name in ("unsup_weight", "ramp_up"):
+        value = getattr(args, name)
+        if isinstance(value, dict):
+            setattr(args, name, value["cutmix" if args.cutmix else "noise"])
+    check(args, parser)
+    return args
+
+
+def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse values that cannot work."""
     if not (0 <= args.ema_decay < 1 and 0 <= args.conf_thresh <= 1):
         parser.error("--ema-decay lies in [0,1), --conf-thresh in [0,1]")
+    if not 0 <= args.ramp_up <= 1:
+        parser.error("--ramp-up lies in [0,1]")
     if not (0 <= args.noise_std and 0 <= args.unsup_weight):
         parser.error("--noise-std and --unsup-weight are not negative")
     if args.colour_jitter and not args.cutmix:
         parser.error("--colour-jitter goes with --cutmix")
-    return args
 
 
 # CutMix-Seg's colours. Source: its release with the follow-up paper, arXiv:2110.04487.
@@ -281,10 +307,34 @@ def ema_update(teacher: nn.Module, student: nn.Module, decay: float, buffers: bo
     torch._foreach_lerp_(theirs, ours, 1 - decay)
 
 
+def ramp_up(done: int, total: int, share: float) -> float:
+    """The factor of w at iteration `done`: exp(-5 (1 - t)²), where t runs from 0 to 1.
+
+    t reaches 1 after a `share` of all `total` iterations. Source: the released Mean Teacher (its
+    `sigmoid_rampup`), which takes it from arXiv:1610.02242.
+    """
+    length = share * total
+    if done >= length:
+        return 1.0
+    return math.exp(-5 * (1 - done / length) ** 2)
+
+
 def noise_step(
-    student: nn.Module, teacher: nn.Module, batch_l: dict, batch_u: dict, args: argparse.Namespace
+    student: nn.Module,
+    teacher: nn.Module,
+    batch_l: dict,
+    batch_u: dict,
+    weight: float,
+    args: argparse.Namespace,
 ) -> dict[str, Tensor]:
-    """Mean Teacher: steps 1 to 3, the losses of one iteration."""
+    """Mean Teacher: steps 1 to 4, the losses of one iteration.
+
+    Args:
+        student, teacher: the networks.
+        batch_l, batch_u: labelled and unlabelled images.
+        weight: w.
+        args: `noise_std`, `conf_thresh`, `ohem`.
+    """
     # 1. Labelled and unlabelled images, normalised on the device.
     parts = [
         (normalise(batch["image"], batch["valid_mask"]), batch["valid_mask"])
@@ -308,9 +358,9 @@ def noise_step(
     # 3. L_u = mean over pixels and classes of (p - p')²
     loss_unsup = squared_distance(probs, targets, valid_mask) / probs.shape[1]
 
-    # L = L_s + w·L_u
+    # 4. L = L_s + w·L_u
     return {
-        "loss": loss_sup + args.unsup_weight * loss_unsup,
+        "loss": loss_sup + weight * loss_unsup,
         "loss_sup": loss_sup,
         "loss_unsup": loss_unsup,
         "confident": confident_share(targets, valid_mask, args.conf_thresh),
@@ -322,10 +372,20 @@ def cutmix_step(
     teacher: nn.Module,
     batch_l: dict,
     batches_u: list[dict],
+    weight: float,
     iteration: int,
     args: argparse.Namespace,
 ) -> dict[str, Tensor]:
-    """CutMix-Seg: steps 1 to 3, the losses of one iteration."""
+    """CutMix-Seg: steps 1 to 4, the losses of one iteration.
+
+    Args:
+        student, teacher: the networks.
+        batch_l: labelled images.
+        batches_u: two independent batches of unlabelled images.
+        weight: w.
+        iteration: iterations done, for the boxes.
+        args: `colour_jitter`, `conf_thresh`, `ohem`, `seed`.
+    """
     # 1. Labelled images, and two independent batches of unlabelled ones: u0, u1
     images_l, target_l = normalise(batch_l["image"], batch_l["valid_mask"]), batch_l["target"]
     images_u = [normalise(batch["image"], batch["valid_mask"]) for batch in batches_u]
@@ -353,9 +413,9 @@ def cutmix_step(
     confident = confident_share(targets, valid_mask, args.conf_thresh)
     loss_unsup = squared_distance(probs, targets, valid_mask) * confident
 
-    # L = L_s + w·L_u
+    # 4. L = L_s + w·L_u
     return {
-        "loss": loss_sup + args.unsup_weight * loss_unsup,
+        "loss": loss_sup + weight * loss_unsup,
         "loss_sup": loss_sup,
         "loss_unsup": loss_unsup,
         "confident": confident,
@@ -388,10 +448,11 @@ def main(args: argparse.Namespace) -> None:
     for iteration, (batch_l, *batches_u) in run.iterations(labelled, *unlabelled):
         if run.evaluates():
             run.report(*validate(run, teacher, student))
+        weight = args.unsup_weight * ramp_up(iteration, run.schedule.total, args.ramp_up)
         if args.cutmix:
-            measured = cutmix_step(trained, teacher, batch_l, batches_u, iteration, args)
+            measured = cutmix_step(trained, teacher, batch_l, batches_u, weight, iteration, args)
         else:
-            measured = noise_step(trained, teacher, batch_l, *batches_u, args)
+            measured = noise_step(trained, teacher, batch_l, *batches_u, weight, args)
         # 4., 5. The student's step; then the average.
         run.step(measured["loss"], optimizer)
         ema_update(teacher, student, min(1 - 1 / (iteration + 1), args.ema_decay), args.cutmix)

@@ -14,8 +14,8 @@ Yang, Zhuo, Qi, Shi, Gao; CVPR 2022, arXiv:2106.05095.
 2. Score each unlabelled image by how little its prediction still changes:             [section 3.3]
        s_i = sum_{j<3} meanIoU(M_ij, M_i3),   M_ij = argmax T_j(u_i),   classes in either
    The half with the highest scores is reliable.
-3. Label the reliable images with the teacher: argmax of the sum of softmaxes over five scales, each
-   with its mirror image.
+3. Label the reliable images with the teacher: argmax of the sum of softmaxes over five scales (on
+   the built-in set the four of training), each with its mirror image.
 4. Train a new student on the labelled images, repeated until they are as many, and the
    pseudo-labelled ones. The latter are strongly augmented: colour jitter, grey, blur, Cutout (the
    label is 255 inside).                                                               [section 3.2]
@@ -84,20 +84,24 @@ from common.run import Run, place, sgd
 from kernels import pseudo_label
 
 # voc, cityscapes: the released configurations; an epoch passes over the list of the stage.
-# shapes, camvid: our own choice, the settings of cps.py for each stage. folder: as voc, but with
-# output stride 16.
+# shapes, camvid: our own choice, the settings of cps.py for each stage; on shapes a re-training is
+# twice as long as the first one. On voc it is longer, too, since its list is. folder: as voc, but
+# with output stride 16.
 SHAPES = {
     "backbone": "tiny",
-    "weights": "none",
+    "weights": "blots",
     "output_stride": 8,
-    "max_iters": 1400,
+    "dropout": 0.1,
+    "max_iters": 800,
+    "retrain_times": 2.0,
     "batch_size": 8,
-    "eval_iters": 200,
+    "eval_iters": 400,
     "eval_window": 0,
     "crop_size": 64,
-    "scale": "0.5,0.75,1,1.5,1.75,2",
-    "lr": 0.1,
-    "head_lr_mult": 1.0,
+    "scale": "0.75,1,1.25,1.5",
+    "tta_scales": (0.75, 1.0, 1.25, 1.5),  # those of training
+    "lr": 0.03,
+    "head_lr_mult": 3.0,
     "weight_decay": 1e-4,
     "decay_norm": False,
     "ohem": None,
@@ -106,12 +110,15 @@ CAMVID = {
     "backbone": "resnet50",
     "weights": "imagenet",
     "output_stride": 16,
+    "dropout": 0.5,
     "epochs": 300,
+    "retrain_times": 1.0,
     "batch_size": 8,
     "eval_interval": 10,
     "eval_window": 0,
     "crop_size": 320,
     "scale": "0.5,0.75,1,1.5,1.75,2",
+    "tta_scales": (0.5, 0.75, 1.0, 1.5, 2.0),
     "lr": 0.01,
     "head_lr_mult": 1.0,
     "weight_decay": 4e-4,
@@ -122,12 +129,15 @@ VOC = {
     "backbone": "resnet50",
     "weights": "imagenet",
     "output_stride": 8,
+    "dropout": 0.5,
     "epochs": 80,
+    "retrain_times": 1.0,  # an epoch of re-training is as much longer as its list
     "batch_size": 16,
     "eval_interval": 1,
     "eval_window": 0,
     "crop_size": 321,
     "scale": "long:200-800",
+    "tta_scales": (0.5, 0.75, 1.0, 1.5, 2.0),  # of the test-time augmentation
     "lr": 0.001,
     "head_lr_mult": 10.0,
     "weight_decay": 1e-4,
@@ -144,13 +154,13 @@ CITYSCAPES = VOC | {
 FOLDER = VOC | {"output_stride": 16}
 PRESETS = {
     "shapes": SHAPES,
+    "shapes-zipf": SHAPES,
     "camvid": CAMVID,
     "voc": VOC,
     "cityscapes": CITYSCAPES,
     "folder": FOLDER,
 }
 CHECKPOINTS = 3  # K in the paper
-SCALES = (0.5, 0.75, 1.0, 1.5, 2.0)  # of the test-time augmentation
 REPEAT_BELOW = 200  # labelled images; fewer are listed twice in stage 1
 
 
@@ -158,7 +168,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The settings of a run: the shared flags and those of ST++; schedules count for each stage."""
     parser = cli.parser(__doc__, PRESETS)
     group = parser.add_argument_group(
-        "ST++", "--epochs and --max-iters count for each of its two or three trainings"
+        "ST++",
+        "--epochs and --max-iters count for each of its two or three trainings, "
+        "--retrain-times then for those after the first",
     )
     group.add_argument(
         "--plain", action="store_true", help="ST: re-train once, on all images (--selection all)"
@@ -176,6 +188,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="which images to augment strongly in re-training (Table 5; default: unlabelled)",
     )
     group.add_argument(
+        "--retrain-times",
+        type=float,
+        metavar="K",
+        help="how many times as long as stage 1 a re-training is, beside what --epochs of a longer "
+        "list mean (default: 1, shapes 2)",
+    )
+    group.add_argument(
         "--teacher",
         choices=["last", "best"],
         default="last",
@@ -191,6 +210,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method = {"all": "stpp-plain", "reliable": "stpp", "random": "stpp-random"}[chosen]
     args = cli.finish(parser, PRESETS, method, argv)
     args.selection = args.selection or ("all" if args.plain else "reliable")
+    if not 0 < args.retrain_times < math.inf:
+        parser.error("--retrain-times must be above 0")
     return args
 
 
@@ -297,7 +318,7 @@ def reliability(predictions: list[Tensor], num_classes: int) -> Tensor:
     return sum(image_miou(prediction, last, num_classes) for prediction in earlier)
 
 
-def label_images(network: nn.Module, images: Tensor, tta: bool) -> Tensor:
+def label_images(network: nn.Module, images: Tensor, scales: Sequence[float]) -> Tensor:
     """Steps 3 and 5: labels of images.
 
     They are the argmax of the sum of softmaxes over scales, each with its mirror image.
@@ -305,16 +326,16 @@ def label_images(network: nn.Module, images: Tensor, tta: bool) -> Tensor:
     Args:
         network: in eval mode.
         images: (N,3,H,W), normalised.
-        tta: whether to take scales and mirror images; else the image alone.
+        scales: of the test-time augmentation; none for the image alone.
 
     Returns:
         (N,H,W) uint8.
     """
     height, width = images.shape[2:]
-    if not tta:
+    if not scales:
         return pseudo_label(network(images), (height, width)).label
     total = 0
-    for scale in SCALES:
+    for scale in scales:
         size = (max(1, round(height * scale)), max(1, round(width * scale)))
         scaled = F.interpolate(images, size=size, mode="bilinear", align_corners=True)
         for mirrored in (False, True):
@@ -459,7 +480,7 @@ def stage_list(data: DataSource, pseudo: list[Item]) -> list[Item]:
 
 def train_network(args: argparse.Namespace, data: DataSource, items: list[Item]) -> None:
     """The training of a stage on `items`, true and pseudo-labels from one shuffled list."""
-    run = Run(args, data, len(items))
+    run = Run(args, data, len(items), times=1 if args.stage == 1 else args.retrain_times)
     network = run.place(DeepLabV3Plus.from_settings(args, data.num_classes))
     optimizer = sgd([network], args)
     run.keep(result="model", model=network, optimizer=optimizer)
@@ -531,7 +552,7 @@ def reliability_scores(data: DataSource, args: argparse.Namespace) -> dict[str, 
         for batch in equal_size_loader(data, data.unlabelled, args):
             runtime.check_signal()
             images = normalise(batch["image"].to(device_of(networks[0])))
-            predictions = [label_images(network, images, tta=False) for network in networks]
+            predictions = [label_images(network, images, scales=()) for network in networks]
             score_of.update(zip(batch["name"], reliability(predictions, data.num_classes).tolist()))
         score_of = distributed.merge(score_of)
         draw_reliability(score_of, networks[-1], data, args)
@@ -572,7 +593,7 @@ def draw_reliability(
     points = []
     for batch in equal_size_loader(data, data.audit, args, shared=False):
         device = device_of(network)
-        prediction = label_images(network, normalise(batch["image"].to(device)), tta=False)
+        prediction = label_images(network, normalise(batch["image"].to(device)), scales=())
         found = image_miou(batch["target"].to(device), prediction, data.num_classes).tolist()
         points += [
             (score_of[name], miou, name in reliable) for name, miou in zip(batch["name"], found)
@@ -615,11 +636,12 @@ def write_masks(
 ) -> None:
     """Label this process's share of images, and write the masks on threads of their own."""
     device = device_of(network)
+    scales = args.tta_scales if args.tta else ()
     with ThreadPoolExecutor(2) as pool:
         pending = []
         for batch in equal_size_loader(data, items, args):
             runtime.check_signal()
-            labels = label_images(network, normalise(batch["image"].to(device)), args.tta).cpu()
+            labels = label_images(network, normalise(batch["image"].to(device)), scales).cpu()
             for name, mask in zip(batch["name"], labels):
                 path = mask_path(args, stage, name)
                 pending.append(pool.submit(write_mask, path, mask, data.colours))

@@ -37,26 +37,28 @@ from common.run import Run, sgd
 # The settings of each data set are those of cps.py, whose baseline this is, and so are the sources:
 # for voc and cityscapes CPS's released configurations, rescaled to one process (see difference 4
 # there); for the others our own choice.
-SHAPES = {  # a small network, trained from scratch on a CPU
+SHAPES = {  # a small network with pretrained weights of its own, for a CPU
     "backbone": "tiny",
-    "weights": "none",
+    "weights": "blots",
     "output_stride": 8,
-    "max_iters": 1400,
+    "dropout": 0.1,
+    "max_iters": 800,
     "batch_size": 8,
     "crop_size": 64,
-    "scale": "0.5,0.75,1,1.5,1.75,2",
-    "lr": 0.1,
-    "head_lr_mult": 1.0,
+    "scale": "0.75,1,1.25,1.5",
+    "lr": 0.03,
+    "head_lr_mult": 3.0,
     "weight_decay": 1e-4,
     "decay_norm": False,
     "ohem": None,
     "eval_window": 0,
-    "eval_iters": 200,
+    "eval_iters": 400,
 }
 CAMVID = {
     "backbone": "resnet50",
     "weights": "imagenet",
     "output_stride": 16,
+    "dropout": 0.5,
     "epochs": 300,
     "batch_size": 8,
     "crop_size": 320,
@@ -73,6 +75,7 @@ VOC = {
     "backbone": "resnet50",
     "weights": "imagenet",
     "output_stride": 16,
+    "dropout": 0.5,
     "epochs": {"1/16": 32, "1/8": 34, "1/4": 40, "1/2": 60},
     "max_iters": 39_000,  # of every other split
     "batch_size": 8,
@@ -98,6 +101,7 @@ CITYSCAPES = VOC | {
 FOLDER = VOC | {"epochs": 60, "max_iters": None}  # whatever the split
 PRESETS = {
     "shapes": SHAPES,
+    "shapes-zipf": SHAPES,
     "camvid": CAMVID,
     "voc": VOC,
     "cityscapes": CITYSCAPES,

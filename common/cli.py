@@ -88,7 +88,7 @@ def add_data_flags(top: argparse.ArgumentParser, presets: dict[str, dict]) -> No
         "--data",
         choices=presets,
         default="shapes",
-        help="data set (default: shapes, the built-in one)",
+        help="data set (default: shapes, the built-in one; shapes-zipf has rare classes)",
     )
     group.add_argument("--data-dir", metavar="DIR", help="its folder (default: data/NAME)")
     group.add_argument(
@@ -129,8 +129,8 @@ def add_network_flags(top: argparse.ArgumentParser) -> None:
     group.add_argument("--backbone", choices=BACKBONES, help="default: resnet50; shapes: tiny")
     group.add_argument(
         "--weights",
-        metavar="imagenet|none|PATH",
-        help="of the backbone (default: imagenet; shapes: none)",
+        metavar="imagenet|blots|none|PATH",
+        help="of the backbone (default: imagenet; shapes: blots, those of tiny)",
     )
     group.add_argument(
         "--output-stride",
@@ -139,7 +139,7 @@ def add_network_flags(top: argparse.ArgumentParser) -> None:
         help="of the deepest features (default: the preset's)",
     )
     group.add_argument(
-        "--dropout", type=float, default=0.5, help="Dropout2d after ASPP (default: 0.5)"
+        "--dropout", type=float, help="Dropout2d after ASPP (default: 0.5; shapes: 0.1)"
     )
 
 
@@ -441,10 +441,12 @@ def check_training(args: argparse.Namespace, top: argparse.ArgumentParser) -> No
         scale_rule(args.scale)
     except InputError as error:
         top.error(str(error))
-    if args.backbone == "tiny" and args.weights != "none":
-        top.error("--backbone tiny has no pretrained weights; add --weights none")
-    if args.weights not in ("imagenet", "none") and not Path(args.weights).is_file():
-        top.error(f"--weights {args.weights}: no such file (imagenet, none or a path)")
+    pretrained = "blots" if args.backbone == "tiny" else "imagenet"
+    if args.weights not in (pretrained, "none") and not Path(args.weights).is_file():
+        top.error(
+            f"--weights {args.weights}: no such file; "
+            f"{args.backbone} takes {pretrained}, none or a path"
+        )
     if args.crop_size < 32:
         top.error(f"--crop-size {args.crop_size}: at least 32 pixels")
     rates = 0 < args.lr < math.inf and 0 < args.head_lr_mult < math.inf

@@ -45,14 +45,16 @@ from common.experiments import EXPERIMENTS, METHODS, Experiment, Variant
 
 # What all methods share: CPS's preset for the data set.
 RESNET = {"backbone": "resnet50", "output_stride": 16, "batch_size": 8, "eval_window": 0}
+SHAPES = {
+    **RESNET,
+    "backbone": "tiny",
+    "output_stride": 8,
+    "crop_size": 64,
+    "max_iters": 800,
+}
 SHARED = {
-    "shapes": {
-        **RESNET,
-        "backbone": "tiny",
-        "output_stride": 8,
-        "crop_size": 64,
-        "max_iters": 1400,
-    },
+    "shapes": SHAPES,
+    "shapes-zipf": SHAPES,
     "camvid": {**RESNET, "crop_size": 320, "max_iters": 12_000},
     "voc": {**RESNET, "crop_size": 512, "max_iters": 39_000},
     "cityscapes": {**RESNET, "crop_size": 800, "max_iters": 44_500, "eval_window": 800},

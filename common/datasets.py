@@ -33,10 +33,6 @@ FIRST_PATH = re.compile(r"(.+?)\.(?:png|jpe?g|jfif|jpe)(?:\s|$)", re.IGNORECASE)
 SPLITS = Path(__file__).parent / "splits"
 AUDITED = 128  # unlabelled images on which pseudo-labels are measured
 
-SHAPES_COLOURS = (
-    (0, 0, 0), (220, 60, 60), (240, 200, 40), (60, 180, 75), (0, 130, 200), (180, 80, 220),
-)  # fmt: skip
-
 CAMVID_CLASSES = (
     "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian",
     "bicyclist",
@@ -437,16 +433,17 @@ def voc_colours(count: int) -> Colours:
 
 
 def shapes_source(args: argparse.Namespace) -> DataSource:
-    """The built-in images (`common/shapes.py`).
+    """The built-in images (`common/shapes.py`), of the variant that `args.data` names.
 
     The masks of the unlabelled ones are always there to measure pseudo-labels with.
     """
     args = argparse.Namespace(**{**vars(args), "measure_pseudo_labels": True})
-    items = [Item(f"shape{index:04d}", index, index) for index in range(shapes.TRAIN + shapes.VAL)]
+    numbers = shapes.numbers(args.data)
+    items = [Item(f"shape{number:04d}", number, number) for number in numbers]
     return DataSource(
-        "shapes",
+        args.data,
         shapes.CLASSES,
-        SHAPES_COLOURS,
+        shapes.COLOURS,
         val=tuple(items[shapes.TRAIN :]),
         background=0,
         val_batch=32,
@@ -671,6 +668,7 @@ class DataSet(NamedTuple):
 
 DATASETS = {
     "shapes": DataSet(shapes_source, workers=0),  # drawn once: worker processes only cost time
+    "shapes-zipf": DataSet(shapes_source, workers=0),
     "camvid": DataSet(camvid, download=True),
     "voc": DataSet(voc, download=True),
     "cityscapes": DataSet(cityscapes, extra=True),

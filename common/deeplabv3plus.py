@@ -26,6 +26,7 @@ BACKBONES = ("tiny", *RESNETS)
 # at 32.
 ASPP_RATES = {8: (12, 24, 36), 16: (6, 12, 18), 32: (3, 6, 9)}
 TINY_ASPP_RATES = {8: (2, 4, 6), 16: (1, 2, 3), 32: (1, 2, 3)}
+BLOTS = Path(__file__).with_name("tiny.pt")
 
 
 def dilate_layer(layer: nn.Sequential, dilation: int, previous: int) -> None:
@@ -96,12 +97,13 @@ class ResNetBackbone(nn.Module):
 class TinyBackbone(nn.Module):
     """A ResNet of four BasicBlocks (0.22 M parameters) for 64-pixel images on a CPU.
 
-    Its interface is that of `ResNetBackbone`.
+    Its interface is that of `ResNetBackbone`. Its pretrained weights, "blots", are of
+    `common/pretrain.py`.
     """
 
     low_channels, mid_channels, out_channels = 24, 48, 96
 
-    def __init__(self, output_stride: int):
+    def __init__(self, weights: str, output_stride: int):
         super().__init__()
         self.stem = nn.Sequential(conv_bn_relu(3, 16, 3, stride=2))
         self.layer1 = nn.Sequential(tiny_block(16, 24, stride=2))
@@ -109,6 +111,9 @@ class TinyBackbone(nn.Module):
         self.layer3 = nn.Sequential(tiny_block(48, 48, stride=2 if output_stride >= 16 else 1))
         self.layer4 = nn.Sequential(tiny_block(48, 96, stride=2 if output_stride == 32 else 1))
         self.aspp_rates = TINY_ASPP_RATES[output_stride]
+        self.apply(initialise)
+        if weights != "none":
+            load_backbone_file(self, BLOTS if weights == "blots" else Path(weights))
 
     forward = ResNetBackbone.forward
 
@@ -168,7 +173,7 @@ class DeepLabV3Plus(nn.Module):
     Args:
         backbone: one of `BACKBONES`.
         num_classes: channels of the logits.
-        weights: "imagenet", "none", or the path of a backbone state dict ("none" for `tiny`).
+        weights: "imagenet" ("blots" for `tiny`), "none", or the path of a backbone state dict.
         output_stride: stride of the deepest features: 8, 16 or 32.
         dropout: probability of the Dropout2d after ASPP.
 
@@ -185,10 +190,9 @@ class DeepLabV3Plus(nn.Module):
         dropout: float = 0.5,
     ):
         super().__init__()
-        tiny = backbone == "tiny"
-        if tiny:
+        if backbone == "tiny":
             width, low_width = 64, 16
-            self.backbone = TinyBackbone(output_stride)
+            self.backbone = TinyBackbone(weights, output_stride)
         else:
             width, low_width = 256, 48
             self.backbone = ResNetBackbone(backbone, weights, output_stride)
@@ -201,7 +205,7 @@ class DeepLabV3Plus(nn.Module):
         self.classifier = nn.Conv2d(width, num_classes, 1)
         self.feature_channels = width
         self.amp: torch.dtype | None = None  # autocast type of forward passes, set by `Run.place`
-        for part in self.head_modules() if not tiny else [self]:
+        for part in self.head_modules():
             part.apply(initialise)
 
     @classmethod
@@ -254,7 +258,11 @@ def initialise(module: nn.Module) -> None:
 
 
 def load_backbone_file(net: nn.Module, path: Path) -> None:
-    """Load a torchvision ResNet state dict from a file; its classifier is ignored.
+    """Load a backbone's state dict from a file, in whatever precision; a classifier is ignored.
+
+    Args:
+        net: a torchvision ResNet or a `TinyBackbone`.
+        path: the file.
 
     Raises:
         InputError: the file is not such a state dict, or tensors are missing; the message names the

@@ -37,6 +37,15 @@ class Scores:
     miou: float
     accuracy: float
 
+    def miou_of_rarest(self, count: int) -> float:
+        """Mean IoU of the `count` classes with the fewest pixels in the targets.
+
+        Classes that occur in neither prediction nor target do not count; NaN if none does.
+        """
+        pixels = self.confusion_matrix.sum(1)
+        rarest = pixels.argsort(stable=True)[:count]
+        return self.iou[rarest].nanmean().item()
+
 
 def update(confusion_matrix: Tensor, target: Tensor, prediction: Tensor) -> None:
     """Count pairs of target and prediction into a confusion matrix, in place.

@@ -29,6 +29,7 @@ from common.schedule import Schedule
 
 # Columns of metrics.csv; between them what a script measures, as it comes.
 FIRST_COLUMNS, LAST_COLUMNS = ("iteration", "epoch", "lr"), ("seconds", "peak_memory_mb")
+MANY_CLASSES = 6  # with more, the rarer half has a mean of its own
 NOT_ON_BOARD = {"iteration", "epoch", *LAST_COLUMNS}  # TensorBoard has axes of its own
 
 # The settings that a run prints when it begins; those in neither list are the method's own.
@@ -394,15 +395,26 @@ def listed(args: argparse.Namespace, names: list[str]) -> str:
 
 
 def table(results: dict[str, Scores], classes: tuple[str, ...]) -> list[str]:
-    """IoU in percent, a class a line and a network a column, between empty lines."""
-    width = max(map(len, (*classes, "mean")))
+    """IoU in percent, a class a line and a network a column, between empty lines.
+
+    Beside the mean over all classes stands that of the rarer half, where there are many.
+    """
+    rarest = len(classes) // 2
+    width = max(map(len, (*classes, f"{rarest} rarest")))
     lines = ["", f"{'IoU %':<{width}}" + "".join(f"{name:>12}" for name in results)]
     for index, name in enumerate(classes):
         values = [100 * scores.iou[index].item() for scores in results.values()]
         cells = "".join(f"{value:>12.2f}" for value in values).replace("nan", "  -")
         lines.append(f"{name:<{width}}{cells}")
-    means = "".join(f"{100 * scores.miou:>12.2f}" for scores in results.values())
-    return [*lines, f"{'mean':<{width}}{means}", ""]
+
+    means = {"mean": [scores.miou for scores in results.values()]}
+    if len(classes) > MANY_CLASSES:
+        values = [scores.miou_of_rarest(rarest) for scores in results.values()]
+        means[f"{rarest} rarest"] = values
+    for name, values in means.items():
+        cells = "".join(f"{100 * value:>12.2f}" for value in values)
+        lines.append(f"{name:<{width}}{cells}")
+    return [*lines, ""]
 
 
 def resident_mb() -> float | str:

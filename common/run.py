@@ -46,6 +46,7 @@ class Run:
         data: what to train on; None for the data set that the settings name.
         images: how many an epoch passes over; None for the unlabelled ones, or without any, the
             labelled ones.
+        times: how many times as long to train as the settings say.
 
     Attributes:
         device: where networks and batches are.
@@ -58,13 +59,17 @@ class Run:
     """
 
     def __init__(
-        self, args: argparse.Namespace, data: DataSource | None = None, images: int | None = None
+        self,
+        args: argparse.Namespace,
+        data: DataSource | None = None,
+        images: int | None = None,
+        times: float = 1,
     ):
         self.args = args
         self.device = runtime.start(args)
         self.data = data or load_data(args)
         images = images or len(self.data.unlabelled) or len(self.data.labelled)
-        self.schedule = Schedule(args, images, distributed.world_size())
+        self.schedule = Schedule(args, images, distributed.world_size(), times)
         self.book = Report(args, self.data, self.device, self.schedule)
         self.checkpoint = Path(args.output_dir) / "last.pt"
         self.networks: dict[str, nn.Module] = {}

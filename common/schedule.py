@@ -3,6 +3,14 @@
 import argparse
 
 
+def poly(done: int, total: int) -> float:
+    """The poly learning rate's factor, (1 - done/total)^0.9.
+
+    Source: Liu et al., ParseNet, arXiv:1506.04579; Chen et al., DeepLab, arXiv:1606.00915.
+    """
+    return max(0.0, 1 - done / total) ** 0.9
+
+
 class Schedule:
     """The iterations of a run.
 
@@ -11,11 +19,12 @@ class Schedule:
             `batch_size`.
         images: images that an epoch passes over.
         processes: how many share a batch, each with `batch_size` images.
+        times: how many times as long as `args` say.
     """
 
-    def __init__(self, args: argparse.Namespace, images: int, processes: int):
+    def __init__(self, args: argparse.Namespace, images: int, processes: int, times: float = 1):
         self.per_epoch = max(1, images // (args.batch_size * processes))
-        self.total = args.max_iters or args.epochs * self.per_epoch
+        self.total = round(times * (args.max_iters or args.epochs * self.per_epoch))
         self.eval_every = args.eval_iters or args.eval_interval * self.per_epoch
         self.save_every = args.save_interval
 
@@ -28,11 +37,8 @@ class Schedule:
         return done > 0 and (done % self.save_every == 0 or self.evaluates(done))
 
     def factor(self, done: int) -> float:
-        """The poly learning rate's factor, (1 - done/total)^0.9.
-
-        Source: Liu et al., ParseNet, arXiv:1506.04579; Chen et al., DeepLab, arXiv:1606.00915.
-        """
-        return max(0.0, 1 - done / self.total) ** 0.9
+        """The learning rate's factor after `done` iterations."""
+        return poly(done, self.total)
 
     def __str__(self) -> str:
         epochs = self.total / self.per_epoch

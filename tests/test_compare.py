@@ -51,7 +51,7 @@ def test_it_runs_reuses_and_reports(tmp_path, capfd):
     here(*command)
     assert "started" not in capfd.readouterr().out
     assert [(folder / "last.pt").stat().st_mtime_ns for folder in folders] == before
-    message = "supervised/1-8-seed0 holds a run with lr=0.1; choose another --output"
+    message = "supervised/1-8-seed0 holds a run with lr=0.03; choose another --output"
     with pytest.raises(InputError, match=message):
         here(*command, "--lr", "0.5")
     with pytest.raises(InputError, match="holds a run with data_dir=None"):
@@ -115,7 +115,7 @@ def test_flags_that_a_later_method_refuses_stop_the_comparison_before_its_first_
         here(*SHORT, "--methods", "supervised", "u2pl", "--output", tmp_path, *REST)
     out, err = capfd.readouterr()
     assert end.value.code == 2 and "started" not in out
-    assert "--warmup-iters 200: from 0 to below --max-iters" in err
+    assert "--warmup-iters 50: from 0 to below --max-iters" in err
 
 
 def test_an_error_ends_a_comparison_with_one_line(tmp_path):

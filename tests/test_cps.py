@@ -91,7 +91,7 @@ class Recorder(torch.nn.Module):
     def __init__(self, seed: int):
         super().__init__()
         torch.manual_seed(seed)
-        self.conv = torch.nn.Conv2d(3, 6, 1)
+        self.conv = torch.nn.Conv2d(3, 12, 1)
         self.seen: list[tuple[torch.Tensor, bool]] = []
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -211,9 +211,13 @@ def build(run: Run) -> list[DeepLabV3Plus]:
     return [run.place(DeepLabV3Plus.from_settings(run.args, classes)) for _ in range(2)]
 
 
-def test_the_two_networks_start_differently(begin):
-    weights = [network.backbone.layer1[0].conv1.weight for network in build(begin(cps))]
-    assert not torch.equal(*weights)
+@pytest.mark.parametrize("weights", ["blots", "none"])
+def test_the_two_networks_start_differently(begin, weights: str):
+    """In their heads; in their backbones as well, unless those are pretrained."""
+    networks = build(begin(cps, "--weights", weights))
+    assert not torch.equal(*(network.decoder[0][0].weight for network in networks))
+    stems = [network.backbone.stem[0][0].weight for network in networks]
+    assert torch.equal(*stems) == (weights == "blots")
 
 
 def test_the_unlabelled_batches_are_independent():

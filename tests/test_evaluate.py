@@ -43,6 +43,16 @@ def test_a_class_that_is_only_predicted_counts_as_zero():
     assert scores(confusion([[0, 0]], [[0, 2]], 3)).miou == (0.5 + 0) / 2
 
 
+def test_the_rarest_classes_are_those_with_the_fewest_pixels_in_the_targets():
+    matrix = torch.diag(torch.tensor([9, 3, 5, 0]))
+    matrix[1, 0] = 1  # class 1: 4 pixels, of which 3 are right; IoU 3/4
+    matrix[0, 2] = 1  # class 2: 5 pixels; IoU 5/6
+    result = scores(matrix)
+    assert result.miou_of_rarest(2) == pytest.approx(3 / 4)  # class 3 occurs nowhere
+    assert result.miou_of_rarest(3) == pytest.approx((3 / 4 + 5 / 6) / 2)
+    assert math.isnan(result.miou_of_rarest(1))
+
+
 def test_label_254_does_not_wrap_around():
     matrix = confusion([[253, 0]], [[253, 253]], 254)
     assert matrix[253, 253] == 1 and matrix[0, 253] == 1 and matrix.sum() == 2

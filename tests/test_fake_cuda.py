@@ -139,10 +139,11 @@ def step_of(script, networks: list, batches: list[dict], args, classes: int) -> 
         student, teacher = networks
         if script is mean_teacher:
             if args.cutmix:
-                inputs = (student, teacher, batch_l, batches_u, iteration, args)
+                inputs = (student, teacher, batch_l, batches_u, args.unsup_weight, iteration, args)
                 measured = mean_teacher.cutmix_step(*inputs)
             else:
-                measured = mean_teacher.noise_step(student, teacher, batch_l, *batches_u, args)
+                inputs = (student, teacher, batch_l, *batches_u, args.unsup_weight, args)
+                measured = mean_teacher.noise_step(*inputs)
             mean_teacher.ema_update(teacher, student, args.ema_decay, args.cutmix)
             return measured
         if iteration < args.warmup_iters:

@@ -23,7 +23,7 @@ class Network(torch.nn.Module):
     def __init__(self, seed: int):
         super().__init__()
         torch.manual_seed(seed)
-        self.conv, self.norm = torch.nn.Conv2d(3, 6, 1), torch.nn.BatchNorm2d(6)
+        self.conv, self.norm = torch.nn.Conv2d(3, 12, 1), torch.nn.BatchNorm2d(12)
         self.seen: list[tuple[torch.Tensor, bool]] = []
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -54,9 +54,11 @@ def one_step(*flags: str):
     both = networks["student"], networks["teacher"]
     torch.manual_seed(3)
     if args.cutmix:
-        measured = mean_teacher.cutmix_step(*both, batch_l, batches_u, ITERATION, args)
+        inputs = (*both, batch_l, batches_u, args.unsup_weight, ITERATION, args)
+        measured = mean_teacher.cutmix_step(*inputs)
     else:
-        measured = mean_teacher.noise_step(*both, batch_l, *batches_u, args)
+        inputs = (*both, batch_l, *batches_u, args.unsup_weight, args)
+        measured = mean_teacher.noise_step(*inputs)
     measured["loss"].backward()
     return networks, before, measured, batch_l, batches_u, args
 
@@ -118,7 +120,7 @@ def test_the_average_by_hand(buffers: bool):
     torch.testing.assert_close(
         teacher.conv.weight, 0.75 * before.conv.weight + 0.25 * student.conv.weight
     )
-    mean = 0.25 * student.norm.running_mean if buffers else torch.zeros(6)
+    mean = 0.25 * student.norm.running_mean if buffers else torch.zeros(12)
     torch.testing.assert_close(teacher.norm.running_mean, mean)
 
 
@@ -181,10 +183,35 @@ def test_a_mean_teacher_step_is_the_definition():
     torch.testing.assert_close(measured["loss"], measured["loss_sup"] + 7 * squares.mean())
 
 
+def test_the_weight_is_ramped_up_as_in_the_release():
+    """exp(-5 (1 - t)²) at t = 0, 1/2, 1 and later; without a ramp-up 1 from the start."""
+    factors = [mean_teacher.ramp_up(done, total=100, share=0.4) for done in (0, 20, 40, 90)]
+    assert factors == pytest.approx([math.exp(-5), math.exp(-1.25), 1, 1])
+    assert mean_teacher.ramp_up(0, total=100, share=0) == 1
+
+
+def test_published_weights_are_the_presets():
+    for data, ramp_up in (("shapes", 0.4), ("voc", 0)):
+        args = mean_teacher.parse_args(["--data", data, "--device", "cpu"])
+        assert (args.unsup_weight, args.ramp_up) == (100, ramp_up)
+        args = mean_teacher.parse_args(["--cutmix", "--data", data, "--device", "cpu"])
+        assert (args.unsup_weight, args.ramp_up) == (1, 0)
+
+
+def test_a_run_ramps_its_weight_up(begin, train, monkeypatch):
+    weights = []
+    step = mean_teacher.noise_step
+    monkeypatch.setattr(
+        mean_teacher, "noise_step", lambda *given: weights.append(given[-2]) or step(*given)
+    )
+    run = begin(mean_teacher, "--max-iters", "4", "--unsup-weight", "7", "--ramp-up", "0.5")
+    train(mean_teacher, run)
+    assert weights == pytest.approx([7 * math.exp(-5), 7 * math.exp(-1.25), 7, 7])
+
+
 def test_a_cutmix_step_is_the_definition():
-    flags = ("--cutmix", "--conf-thresh", "0.3")
+    flags = ("--cutmix", "--conf-thresh", "0.12", "--unsup-weight", "5")
     networks, before, measured, _, (u0, u1), args = one_step(*flags)
-    assert args.unsup_weight == 5
     assert measured["loss"] == measured["loss_sup"] + 5 * measured["loss_unsup"]
     mask = mean_teacher.half_area_masks(4, 32, args.seed, ITERATION, CPU)
     images = [normalise(batch["image"], batch["valid_mask"]) for batch in (u0, u1)]
@@ -196,7 +223,7 @@ def test_a_cutmix_step_is_the_definition():
     targets = torch.where(mask[:, None], inside, outside)
     valid = torch.where(mask, u1["valid_mask"], u0["valid_mask"])
     squares = (probabilities(before["student"], mixed) - targets).square().sum(1)[valid].mean()
-    share = (targets.amax(1) >= 0.3)[valid].double().mean()
+    share = (targets.amax(1) >= 0.12)[valid].double().mean()
     assert 0 < share < 1
     assert measured["loss_unsup"].item() == pytest.approx((squares * share).item(), rel=1e-5)
     assert measured["confident"].item() == pytest.approx(share.item())

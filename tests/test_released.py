@@ -215,7 +215,7 @@ def test_a_step_of_mean_teacher_has_the_losses_and_gradients_of_the_cps_authors(
 
     batches, _, (student, teacher) = step_inputs()
     teacher.requires_grad_(False)
-    measured = mean_teacher.noise_step(student, teacher, *batches[:2], args)
+    measured = mean_teacher.noise_step(student, teacher, *batches[:2], args.unsup_weight, args)
     measured["loss"].backward()
     assert measured["loss_sup"].item() == pytest.approx(theirs["loss_sup"], rel=1e-5)
     loss_unsup = args.unsup_weight * measured["loss_unsup"].item()
@@ -239,7 +239,8 @@ def test_a_step_of_cutmix_seg_is_that_of_the_release(monkeypatch):
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     teacher.requires_grad_(False).eval()
     batch_l, *batches_u = batches
-    measured = mean_teacher.cutmix_step(student, teacher, batch_l, batches_u, 200, args)
+    inputs = (student, teacher, batch_l, batches_u, args.unsup_weight, 200, args)
+    measured = mean_teacher.cutmix_step(*inputs)
     measured["loss"].backward()
     optimizer.step()
     mean_teacher.ema_update(teacher, student, args.ema_decay, buffers=True)

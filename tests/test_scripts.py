@@ -126,7 +126,7 @@ def finished(tmp_path_factory) -> Path:
 def test_a_run_leaves_what_is_promised(finished):
     out = (finished / "stdout.txt").read_text()
     assert LAST_LINE.match(out.splitlines()[-1])
-    protocol = "1 in 8 of 128 sorted names: 16 labelled, 112 unlabelled"
+    protocol = "1 in 8 of 256 sorted names: 32 labelled, 224 unlabelled"
     for text in (protocol, "model_2", "average", "triangle", "figures"):
         assert text in out
     left = {path.name for path in finished.iterdir()}
@@ -148,7 +148,7 @@ def test_a_run_begins_with_its_settings_a_line_a_group(finished):
     assert groups == [
         "data", "network", "schedule", "optimisation", "method", "machine", "run folder",
     ]  # fmt: skip
-    assert lines[0] == "data: crop_size 64, scale 0.5,0.75,1,1.5,1.75,2"
+    assert lines[0] == "data: crop_size 64, scale 0.75,1,1.25,1.5"
     assert lines[2].endswith("processes 1, batch_size 2, eval_iters 6, eval_window 0")
     assert lines[4] == "method: cps_weight 1.0, cutmix True, soft False"
 
@@ -162,6 +162,13 @@ def test_metrics_have_one_row_a_log_line_and_evaluation(finished):
     total = [float(sup) + float(unsup) for sup, unsup in parts if sup]
     expected = [float(cell) for cell in columns["loss"] if cell]
     assert total == pytest.approx(expected, rel=1e-4)
+
+
+def test_rare_classes_have_a_mean_of_their_own(tmp_path):
+    flags = (*SHORT, "--data", "shapes-zipf", "--output-dir", tmp_path / "zipf")
+    out = here("supervised.py", *flags).stdout
+    assert out.startswith("supervised on shapes-zipf: 1 in 8 of 256 sorted names: 32 labelled")
+    assert re.search(r"^mean +\d+\.\d\d\n6 rarest +\d+\.\d\d\n\n", out, re.MULTILINE)
 
 
 def test_bfloat16_runs(tmp_path):
@@ -277,7 +284,7 @@ def test_two_processes_cannot_write_one_run(tmp_path):
 
 def test_resume_refuses_other_settings_and_takes_missing_ones(finished):
     result = here("cps.py", "--resume", finished, "--lr", "0.5", expect=2)
-    assert "lr=0.1" in result.stderr
+    assert "lr=0.03" in result.stderr
     again = here("cps.py", "--resume", finished).stdout
     assert "resumed at iteration 12" in again and LAST_LINE.match(again.splitlines()[-1])
 
@@ -320,7 +327,7 @@ def test_a_run_that_failed_at_its_start_does_not_occupy_its_folder(tmp_path):
         (("--data", "voc", "--data-dir", "nowhere"), "no folder nowhere"),
         (("--data", "folder"), "needs --data-dir"),
         (("--backbone", "resnet18", "--weights", "nowhere.pt"), "no such file"),
-        (("--weights", "imagenet"), "tiny has no pretrained weights"),
+        (("--weights", "imagenet"), "no such file; tiny takes blots, none or a path"),
         (("--crop-size", "8"), "at least 32"),
         (("--scale", "huge"), "--scale huge"),
         (("-b", "1"), "at least 2 images"),
@@ -428,7 +435,7 @@ def test_predict_writes_masks_and_overlays_of_the_images_size(finished, tmp_path
         predict.main([str(finished), str(images), "--output", str(out)])
         assert re.search(r"^3 \w+ predicted", capsys.readouterr().out)
     mask = Image.open(out / "masks" / "one.png")
-    assert mask.mode == "P" and mask.size == (90, 70) and np.asarray(mask).max() < 6
+    assert mask.mode == "P" and mask.size == (90, 70) and np.asarray(mask).max() < 12
     assert mask.getpalette()[3:6] == [220, 60, 60]
     assert Image.open(out / "overlays" / "one.png").size == (90, 70)
     assert Image.open(out / "masks" / "turned.png").size == (70, 90)
@@ -536,12 +543,12 @@ def test_two_processes_share_the_labelling_of_st(tmp_path):
     """Every image is labelled once, and a run that is killed while it trains goes on exactly."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     flags = (
-        "--max-iters", "6", "--eval-iters", "6", "--log-interval", "1", "--save-interval", "2",
-        "-b", "2", "--no-tta", "--device", "cpu",
+        "--max-iters", "6", "--retrain-times", "1", "--eval-iters", "6", "--log-interval", "1",
+        "--save-interval", "2", "-b", "2", "--no-tta", "--device", "cpu",
     )  # fmt: skip
     run(*TORCHRUN, "stpp.py", *flags, "--output-dir", whole)
     names = [path.stem for path in (whole / "pseudo_masks").glob("*/*.png")]
-    assert len(names) == len(set(names)) == 112
+    assert len(names) == len(set(names)) == 224
     process = start(*TORCHRUN, "stpp.py", *flags, "--output-dir", killed)
     wait_for(process, "stage 2 of 3")
     wait_for(process, "iter      4/6")

@@ -18,10 +18,12 @@ from common.augment import Window
 from common.data import Key, TrainSet
 from common.evaluate import image_miou
 from common.masks import read_mask, write_mask
+from common.schedule import Schedule
 
 SHORT = (
-    "--max-iters", "6", "--eval-iters", "6", "--log-interval", "1", "--save-interval", "2",
-    "-b", "2", "--crop-size", "32", "--split", "1/2", "--no-tta", "--device", "cpu",
+    "--max-iters", "6", "--retrain-times", "1", "--eval-iters", "6", "--log-interval", "1",
+    "--save-interval", "2", "-b", "2", "--crop-size", "32", "--split", "1/2", "--no-tta",
+    "--device", "cpu",
 )  # fmt: skip
 
 
@@ -63,21 +65,22 @@ def test_test_time_augmentation_sums_softmaxes_of_scales_and_mirror_images():
             total += torch.nn.functional.interpolate(
                 y, (12, 10), mode="bilinear", align_corners=True
             ).softmax(1)
-    assert torch.equal(stpp.label_images(network, images, True).long(), total.argmax(1))
-    assert torch.equal(stpp.label_images(network, images, False).long(), network(images).argmax(1))
+    scales = stpp.PRESETS["voc"]["tta_scales"]
+    assert torch.equal(stpp.label_images(network, images, scales).long(), total.argmax(1))
+    assert torch.equal(stpp.label_images(network, images, ()).long(), network(images).argmax(1))
 
 
 @pytest.fixture
 def labelled_run(tmp_path):
-    """Settings of a run and its data (shapes 1/8: 16 labelled images, 112 unlabelled).
+    """Settings of a run and its data (shapes 1/8: 32 labelled images, 224 unlabelled).
 
-    Image k has a pseudo-mask of the label k % 6, made by stage 1 if k is odd, else by stage 2.
+    Image k has a pseudo-mask of the label k % 12, made by stage 1 if k is odd, else by stage 2.
     """
     data = datasets.load(settings())
     args = settings(run=str(tmp_path), selection="reliable", strong_aug="unlabelled", debug=False)
     for k, item in enumerate(data.unlabelled):
         path = stpp.mask_path(args, 1 if k % 2 else 2, item.name)
-        write_mask(path, torch.full((64, 64), k % 6), data.colours)
+        write_mask(path, torch.full((64, 64), k % 12), data.colours)
     return args, data
 
 
@@ -94,15 +97,35 @@ def test_lists_of_the_stages(labelled_run):
     assert stpp.stage_list(many, []) == [*many.labelled]
     pseudo_1, pseudo_2 = label_all(args, data)
     second, third = stpp.stage_list(data, pseudo_1), stpp.stage_list(data, pseudo_1 + pseudo_2)
-    # ceil(56/16) = 4, ceil(112/16) = 7
-    assert len(second) == 16 * 4 + 56 and second[: 16 * 4] == [*data.labelled] * 4
-    assert len(third) == 16 * 7 + 112 and third[: 16 * 7] == [*data.labelled] * 7
+    # ceil(112/32) = 4, ceil(224/32) = 7
+    assert len(second) == 32 * 4 + 112 and second[: 32 * 4] == [*data.labelled] * 4
+    assert len(third) == 32 * 7 + 224 and third[: 32 * 7] == [*data.labelled] * 7
     assert {item.mask.parent.name for item in second if item.pseudo} == {"1"}
     reliable = {item.name for item in data.unlabelled[1::2]}
     for item in third:
         assert not item.pseudo or item.mask.parent.name == ("1" if item.name in reliable else "2")
     names = [item.name for item in third if item.pseudo]
     assert names == [item.name for item in data.unlabelled]  # in the data's order
+
+
+def test_a_retraining_is_longer_than_the_first_training(monkeypatch):
+    lengths = []
+
+    class Begun(Exception):
+        pass
+
+    def begin(args: argparse.Namespace, data: object, images: int, times: float) -> None:
+        lengths.append(Schedule(args, images, 1, times).total)
+        raise Begun
+
+    monkeypatch.setattr(stpp, "Run", begin)
+    for stage in (1, 2, 3):
+        args = stpp.parse_args(["--device", "cpu"])
+        args.stage = stage
+        with pytest.raises(Begun):
+            stpp.train_network(args, None, [])
+    assert lengths == [800, 1600, 1600]
+    assert stpp.parse_args(["--data", "voc", "--device", "cpu"]).retrain_times == 1
 
 
 class Whole:
@@ -121,7 +144,7 @@ def test_pseudo_masks_are_what_is_trained_on(labelled_run):
     # Only the mask counts: a Cityscapes-like table of raw labels must not be applied to it.
     odd = replace(data, label_map=tuple([255] * 256))
     sample = TrainSet(odd, (pseudo,), Whole(), 0, 0)[Key(0, 0, 0)]
-    assert sample["target"].unique().tolist() == [index % 6]
+    assert sample["target"].unique().tolist() == [index % 12]
 
 
 @pytest.mark.parametrize(
@@ -194,12 +217,12 @@ def test_a_run_leaves_stages_masks_scores_and_figures(finished):
     assert headings == [f"== stage {stage} of 3" for stage in (1, 2, 3)]
     rows = table(finished)
     scores = [float(row["score"]) for row in rows]
-    assert len(rows) == 64 and scores == sorted(scores, reverse=True)
-    assert [row["reliable"] for row in rows] == ["1"] * 32 + ["0"] * 32
-    for stage, part in (("1", rows[:32]), ("2", rows[32:])):
+    assert len(rows) == 128 and scores == sorted(scores, reverse=True)
+    assert [row["reliable"] for row in rows] == ["1"] * 64 + ["0"] * 64
+    for stage, part in (("1", rows[:64]), ("2", rows[64:])):
         made = finished / "pseudo_masks" / stage
         assert {path.stem for path in made.iterdir()} == {row["id"] for row in part}
-        assert read_mask(next(made.iterdir())).max() < 6
+        assert read_mask(next(made.iterdir())).max() < 12
     assert (finished / "figures" / "reliability.png").stat().st_size > 5000
 
 
@@ -222,9 +245,9 @@ def test_killed_anywhere_and_resumed_ends_with_the_same_weights(finished, tmp_pa
     for line in (
         "iter      4/6",
         "== select",
-        "== label 32 images with the network of stage 1",
+        "== label 64 images with the network of stage 1",
         "iter      4/6",
-        "== label 32 images with the network of stage 2",
+        "== label 64 images with the network of stage 2",
         "iter      4/6",
     ):
         first_is_done = (folder / "stage-1" / "finished").is_file()
@@ -253,7 +276,7 @@ def test_plain_st_has_two_stages_and_is_resumed_as_such(tmp_path):
     folder = tmp_path / "st"
     out = here("stpp.py", "--plain", *SHORT, "--output-dir", folder).stdout
     assert "stage 2 of 2" in out and not (folder / "reliability.csv").exists()
-    assert len(list((folder / "pseudo_masks" / "1").iterdir())) == 64
+    assert len(list((folder / "pseudo_masks" / "1").iterdir())) == 128
     again = here("stpp.py", "--resume", folder, "--eval-only").stdout
     assert again.splitlines()[-1] == out.splitlines()[-1]
     assert "== label" not in again
@@ -323,7 +346,7 @@ def test_random_selection_takes_a_shuffled_half(tmp_path):
     data = datasets.load(settings())
     args = settings(selection="random", run=str(tmp_path))
     chosen = stpp.select(data, args)
-    assert len(chosen) == 56 and chosen == [item for item in data.unlabelled if item in chosen]
+    assert len(chosen) == 112 and chosen == [item for item in data.unlabelled if item in chosen]
     rows = table(tmp_path)
     assert {row["id"] for row in rows if row["reliable"] == "1"} == {item.name for item in chosen}
     assert [row["id"] for row in rows] != sorted(row["id"] for row in rows)
