@@ -62,7 +62,7 @@ Differences from the papers and the released code:
 7. The network is this project's DeepLabv3+, and images are antialiased when they are scaled down,
    which they are in neither release.
 
-    python mean_teacher.py                                   # built-in data, a CPU, about 2 minutes
+    python mean_teacher.py                                   # built-in data, a CPU, about a minute
     python mean_teacher.py --cutmix --data voc --data-dir VOCdevkit --split 1/8 --amp bf16
 """
 

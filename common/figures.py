@@ -324,6 +324,43 @@ def draw_shares(figure, shares: dict[str, np.ndarray], data: DataSource) -> None
         axis.set_title(title, fontsize=9)
 
 
+# ---------------------------------------------------------------------------------- of a data set
+
+
+def contact_sheet(data: DataSource, path: Path, count: int = 24, columns: int = 8) -> None:
+    """The first labelled images, each above its mask, and the colours of the classes.
+
+    Args:
+        data: the data set.
+        path: of the PNG.
+        count: images, at most.
+        columns: images beside each other.
+    """
+    from matplotlib.patches import Patch
+
+    samples = EvalSet(data, data.labelled[:count])
+    rows = -(-len(samples) // columns)
+    size = 1.2 * columns, 2.4 * rows + 0.6
+    figure, axes = pyplot().subplots(
+        2 * rows, columns, figsize=size, squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for index in range(len(samples)):
+        sample = samples[index]
+        row, column = divmod(index, columns)
+        mask = colourise(sample["target"].numpy(), data.colours)
+        axes[2 * row, column].imshow(shrink(sample["image"].numpy()))
+        axes[2 * row + 1, column].imshow(shrink(mask))
+
+    patches = [
+        Patch(facecolor=np.array(colour) / 255, label=name)
+        for name, colour in zip(data.classes, data.colours)
+    ]
+    figure.legend(handles=patches, loc="outside lower center", ncols=columns, fontsize=8)
+    save(figure, path)
+
+
 # ------------------------------------------------------------------------------- of a comparison
 
 

@@ -8,7 +8,7 @@ import torch
 from conftest import settings
 from PIL import Image
 
-from common import datasets, figures
+from common import datasets, figures, shapes
 
 
 class Constant(torch.nn.Module):
@@ -54,3 +54,19 @@ def test_an_image_that_is_gone_does_not_shift_the_others(tmp_path, monkeypatch):
     assert len(columns["5"]) == len(columns["input"]) == len(both) > 0
     first = figures.some_images(fewer, both, 1)[0]
     assert np.array_equal(columns["input"][0], first["image"].numpy())
+
+
+def test_a_contact_sheet_shows_images_above_their_masks(tmp_path, monkeypatch):
+    """All of few images, in rows, and the empty places of the last row left empty."""
+    data = datasets.load(settings())
+    shown = []
+    monkeypatch.setattr(figures, "save", lambda figure, _: shown.append(figure))
+    figures.contact_sheet(data, tmp_path / "sheet.png", count=5, columns=3)
+    axes = np.array(shown[0].axes).reshape(4, 3)
+    assert [len(axis.images) for axis in axes.flat] == [1] * 3 * 2 + [1, 1, 0] * 2
+    image, target = shapes.draw(data.labelled[4].image)
+    assert np.array_equal(axes[2, 1].images[0].get_array(), image)
+    assert np.array_equal(axes[3, 1].images[0].get_array(), np.array(shapes.COLOURS)[target])
+    names = [text.get_text() for text in shown[0].legends[0].get_texts()]
+    assert names == list(shapes.CLASSES)
+    figures.pyplot().close(shown[0])
