@@ -157,7 +157,7 @@ def numbers(variant: str) -> range:
 def draw(index: int) -> tuple[np.ndarray, np.ndarray]:
     """Image and mask number `index`.
 
-    Which numbers are whose says `numbers`.
+    `numbers` says which ones belong to which variant.
 
     Returns:
         The image (64,64,3) uint8 RGB and the target (64,64) uint8 with labels 0 to 11; nothing is
