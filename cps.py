@@ -53,9 +53,9 @@ Differences from the paper and the released code:
 6. Images of VOC are evaluated whole; the release pads them to 512 pixels. On Cityscapes the
    probabilities of overlapping windows are added up; the release adds logits. It evaluates the
    checkpoints of many epochs (20 to 34 on VOC); here the last one is the result.
-7. The network is this project's DeepLabv3+: 7x7 stem, ReLU, dropout 0.5 after ASPP. The release has
-   three 3x3 convolutions as its stem, dilations 2, 4, 8 in the last stage, LeakyReLU in ASPP, no
-   dropout, and starts its head with Kaiming's fan-in rule.
+7. The network is this project's DeepLabv3+: 7x7 stem, ReLU, dropout 0.5 (shapes 0.1) after ASPP.
+   The release has three 3x3 convolutions as its stem, dilations 2, 4, 8 in the last stage,
+   LeakyReLU in ASPP, no dropout, and starts its head with Kaiming's fan-in rule.
 8. With CutMix, BatchNorm's running statistics see the labelled batch first and the mixed one last.
    In the release the labelled batch is the last.
 9. Images are antialiased when they are scaled down; the release's are not.

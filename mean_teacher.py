@@ -26,7 +26,8 @@ same image.
        x_m = m·u1 + (1-m)·u0,   p'_m = m·p'(u1) + (1-m)·p'(u0)
        L_u = (share of pixels with max p'_m >= 0.97)
              · mean over pixels of sum_c (p(x_m) - p'_m)²                                [section 3]
-4. L = L_s + w·L_u;  SGD step for the student. With --ramp-up, w grows in the first T iterations:
+4. L = L_s + w(t)·L_u;  SGD step for the student. With a ramp-up (on the built-in set), w(t) grows
+   to w in the first T iterations; without one it is w:
        w(t) = w·exp(-5 (1 - t/T)²)                               [the release, after 1610.02242]
 5. teacher <- α·teacher + (1-α)·student,   α = min(1 - 1/(t+1), 0.99) at iteration t = 0, 1, ...
 The teacher is the result; the student is reported beside it.
@@ -36,6 +37,7 @@ The teacher is the result; the student is reported beside it.
 | x_l, y | images_l, target_l | x_m    | images_m            | L_s    | loss_sup          |
 | u0, u1 | images_u           | m      | mask                | L_u    | loss_unsup        |
 | f, p   | student, probs     | p'     | targets (teacher's) | w      | args.unsup_weight |
+|        |                    |        |                     | w(t)   | weight            |
 
 `confident` is the share of pixels on which the teacher's highest probability reaches the threshold.
 
@@ -332,7 +334,7 @@ def noise_step(
     Args:
         student, teacher: the networks.
         batch_l, batch_u: labelled and unlabelled images.
-        weight: w.
+        weight: w(t).
         args: `noise_std`, `conf_thresh`, `ohem`.
     """
     # 1. Labelled and unlabelled images, normalised on the device.
@@ -358,7 +360,7 @@ def noise_step(
     # 3. L_u = mean over pixels and classes of (p - p')²
     loss_unsup = squared_distance(probs, targets, valid_mask) / probs.shape[1]
 
-    # 4. L = L_s + w·L_u
+    # 4. L = L_s + w(t)·L_u
     return {
         "loss": loss_sup + weight * loss_unsup,
         "loss_sup": loss_sup,
@@ -382,7 +384,7 @@ def cutmix_step(
         student, teacher: the networks.
         batch_l: labelled images.
         batches_u: two independent batches of unlabelled images.
-        weight: w.
+        weight: w(t).
         iteration: iterations done, for the boxes.
         args: `colour_jitter`, `conf_thresh`, `ohem`, `seed`.
     """
@@ -413,7 +415,7 @@ def cutmix_step(
     confident = confident_share(targets, valid_mask, args.conf_thresh)
     loss_unsup = squared_distance(probs, targets, valid_mask) * confident
 
-    # 4. L = L_s + w·L_u
+    # 4. L = L_s + w(t)·L_u
     return {
         "loss": loss_sup + weight * loss_unsup,
         "loss_sup": loss_sup,

@@ -17,8 +17,9 @@ Yang, Zhuo, Qi, Shi, Gao; CVPR 2022, arXiv:2106.05095.
 3. Label the reliable images with the teacher: argmax of the sum of softmaxes over five scales (on
    the built-in set the four of training), each with its mirror image.
 4. Train a new student on the labelled images, repeated until they are as many, and the
-   pseudo-labelled ones. The latter are strongly augmented: colour jitter, grey, blur, Cutout (the
-   label is 255 inside).                                                               [section 3.2]
+   pseudo-labelled ones: as many epochs as in step 1, which are longer now (shapes: twice as many
+   iterations, --retrain-times). The latter are strongly augmented: colour jitter, grey, blur,
+   Cutout (the label is 255 inside).                                                   [section 3.2]
 5. Label the rest with that student, and train a last network, again from the start, on all images.
    It is the result.
 ST does not select: every unlabelled image is labelled by the teacher, and the student of step 4 is
@@ -47,8 +48,8 @@ Differences from the paper and the released code:
    softmax at the scaled size and interpolates probabilities.
 6. The blur is torchvision's, 13 pixels wide. The release uses PIL's, which approximates a Gaussian
    by box filters; σ has the same law.
-7. The network is this project's DeepLabv3+, with dropout 0.5 after ASPP; the release has another of
-   0.1 before its classifier.
+7. The network is this project's DeepLabv3+, with dropout 0.5 (shapes 0.1) after ASPP; the
+   release has another of 0.1 before its classifier.
 8. BatchNorm sees the whole batch of 16. The released command splits it over two GPUs, each of which
    normalises its 8 images alone.
 
@@ -131,7 +132,7 @@ VOC = {
     "output_stride": 8,
     "dropout": 0.5,
     "epochs": 80,
-    "retrain_times": 1.0,  # an epoch of re-training is as much longer as its list
+    "retrain_times": 1.0,  # not with epochs: those of a longer list are longer
     "batch_size": 16,
     "eval_interval": 1,
     "eval_window": 0,
@@ -191,8 +192,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--retrain-times",
         type=float,
         metavar="K",
-        help="how many times as long as stage 1 a re-training is, beside what --epochs of a longer "
-        "list mean (default: 1, shapes 2)",
+        help="iterations of a re-training by those of stage 1, where --max-iters counts; with "
+        "--epochs it is as much longer as its list (default: 1, shapes 2)",
     )
     group.add_argument(
         "--teacher",

@@ -90,8 +90,9 @@ Differences from the paper and from the released code:
 9. Network. It is this project's DeepLabv3+ (--backbone resnet101 is what U2PL's tables have). The
    release's ResNet-101 has a stem of three 3x3 convolutions and dilations 4, 8, 16 in its last
    three blocks. Its low-level features keep 256 channels (here 48), a 3x3 convolution projects ASPP
-   (here 1x1), and there are five Dropout2d(0.1) (here one of 0.5): after that projection and after
-   the two 3x3 convolutions of each head. The feature head reads 512 channels (here 304).
+   (here 1x1), and there are five Dropout2d(0.1) (here one of 0.5, shapes 0.1): after that
+   projection and after the two 3x3 convolutions of each head. The feature head reads 512 channels
+   (here 304).
 10. Images. Padding counts nowhere. The release labels it class 0, in training and where it
    validates centre crops (VOC: of 513 pixels, larger than any image), and on unlabelled images it
    counts in L_u and in the percentiles. Images are antialiased when scaled down; the release's not.

@@ -155,7 +155,8 @@ def add_schedule_flags(top: argparse.ArgumentParser) -> None:
         "--max-iters",
         type=positive,
         metavar="N",
-        help="iterations of each training; wins over --epochs",
+        help="iterations of each training (stpp.py: of the first, see --retrain-times); "
+        "wins over --epochs",
     )
     group.add_argument(
         "-b",
@@ -343,6 +344,7 @@ def fill(args: argparse.Namespace, presets: dict[str, dict]) -> None:
     preset = dict(presets[args.data])
     args.split = args.labelled_list or args.split or DATASETS[args.data].split
     fill_schedule(args, preset)
+    fill_weights(args, preset)
     for key, value in preset.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
@@ -354,6 +356,18 @@ def fill(args: argparse.Namespace, presets: dict[str, dict]) -> None:
         args.workers = DATASETS[args.data].workers
     if args.workers is None:
         fill_workers(args)
+
+
+def fill_weights(args: argparse.Namespace, preset: dict) -> None:
+    """The pretrained weights of another backbone than the preset's, where one was asked for."""
+    backbone = args.backbone or preset["backbone"]
+    if args.weights is None and preset["weights"] != "none":
+        args.weights = pretrained_weights(backbone)
+
+
+def pretrained_weights(backbone: str) -> str:
+    """The name of a backbone's pretrained weights."""
+    return "blots" if backbone == "tiny" else "imagenet"
 
 
 def fill_schedule(args: argparse.Namespace, preset: dict) -> None:
@@ -441,7 +455,7 @@ def check_training(args: argparse.Namespace, top: argparse.ArgumentParser) -> No
         scale_rule(args.scale)
     except InputError as error:
         top.error(str(error))
-    pretrained = "blots" if args.backbone == "tiny" else "imagenet"
+    pretrained = pretrained_weights(args.backbone)
     if args.weights not in (pretrained, "none") and not Path(args.weights).is_file():
         top.error(
             f"--weights {args.weights}: no such file; "

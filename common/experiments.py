@@ -73,7 +73,7 @@ EXPERIMENTS = {
         "CPS against self-training, CPS Fig. 5 "
         "(bars without numbers: CPS above self-training, more so when it trains longer)",
         (
-            Variant("ST", "stpp.py --plain"),
+            Variant("ST", "stpp.py --plain --retrain-times 1"),
             Variant("CPS without CutMix", "cps.py --no-cutmix"),
             Variant("CPS without CutMix, as long as both stages", "cps.py --no-cutmix", times=2),
             Variant("CPS", "cps.py"),

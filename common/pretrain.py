@@ -1,6 +1,6 @@
 """Pretrained weights for the `tiny` backbone: what ImageNet is to VOC, on generated images.
 
-    python -m common.pretrain
+    OMP_NUM_THREADS=1 python -m common.pretrain
 
 The pretext, "blots", is image classification. A species is a random outline with a random pattern
 of light and dark; there are 1000 of them. A portrait is an image of 32x32 pixels with one figure of
@@ -9,12 +9,14 @@ of their species, never a mask.
 
 No species is a figure of the built-in set (`common/shapes.py`), and no image is shared. What is
 shared is the renderer: grounds, light, blur and noise are of the same kind, and so are the kinds of
-patterns. So these weights are nearer to the built-in set than ImageNet's are to VOC.
+patterns, and some outlines come near. So these weights are nearer to the built-in set than
+ImageNet's are to VOC.
 
 Optimisation is AdamW under a poly learning rate, on mirrored and rescaled images with their colours
 in random order. It takes about three minutes on one CPU core, and prints the accuracy on portraits
-that were not trained on. The weights, 0.22 M in float16, are the file `common/tiny.pt`; other
-machines round differently, so the same command does not give the same bytes everywhere.
+that were not trained on. The weights, 0.22 M in float16, are the file `common/tiny.pt`, the best of
+three runs with other random numbers; a machine that rounds differently gives other weights, as
+another seed does.
 """
 
 import argparse

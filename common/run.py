@@ -46,7 +46,7 @@ class Run:
         data: what to train on; None for the data set that the settings name.
         images: how many an epoch passes over; None for the unlabelled ones, or without any, the
             labelled ones.
-        times: how many times as long to train as the settings say.
+        times: how many times as many iterations as the settings' `max_iters`; see `Schedule`.
 
     Attributes:
         device: where networks and batches are.

@@ -19,12 +19,16 @@ class Schedule:
             `batch_size`.
         images: images that an epoch passes over.
         processes: how many share a batch, each with `batch_size` images.
-        times: how many times as long as `args` say.
+        times: how many times as many iterations as `max_iters` says. Epochs are as long as their
+            list, so they are not multiplied.
     """
 
     def __init__(self, args: argparse.Namespace, images: int, processes: int, times: float = 1):
         self.per_epoch = max(1, images // (args.batch_size * processes))
-        self.total = round(times * (args.max_iters or args.epochs * self.per_epoch))
+        if args.max_iters:
+            self.total = max(1, round(times * args.max_iters))
+        else:
+            self.total = args.epochs * self.per_epoch
         self.eval_every = args.eval_iters or args.eval_interval * self.per_epoch
         self.save_every = args.save_interval
 

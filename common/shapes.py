@@ -6,8 +6,8 @@ There are twelve classes: background and the eleven `FIGURES`. As in photographs
 - a class is its outline and its pattern of light and dark. Colour says nothing, so that the jitter
   of colours and the grey images of strong augmentations keep what an image shows;
 - figures stand more or less upright, are stretched, differ in size, overlap and leave the frame;
-- some classes are rarer than others: `RARER` for each one after the first. In the imbalanced
-  variant, `shapes-zipf`, the k-th class is 1/k times as frequent as the first;
+- some classes are rarer than others: each is 0.9 times as frequent as the one before it. In the
+  imbalanced variant, `shapes-zipf`, the k-th class is 1/k times as frequent as the first;
 - images differ in difficulty: a number in [0,1], mostly small. It makes light uneven, contrast
   weak, the image blurred and noisy, figures small, and adds clutter: small blots of no class.
 
@@ -24,7 +24,7 @@ from scipy import ndimage
 
 SIZE = 64  # pixels, both sides
 TRAIN, VAL = 256, 256  # images of each variant
-RARER = 0.9  # frequency of a class by that of the one before
+RARER = 0.9  # how frequent a class is, compared with the one before it
 SEED = 20260102
 LUMINANCE = np.array([0.299, 0.587, 0.114])  # of red, green and blue; ITU-R BT.601
 
@@ -36,8 +36,9 @@ class Pattern(NamedTuple):
 
     Attributes:
         kind: one of `KINDS`.
-        frequency: radians a radius of the figure; for "sectors" the number of sectors, for the
-            kinds without waves how sharp the edge between light and dark is.
+        frequency: of stripes, checks, dots and rings, in radians a radius of the figure; of
+            "sectors", how many light ones there are. For "top" and "bottom" it says how sharp the
+            edge between light and dark is, for "core" how small and sharp; "plain" has none.
     """
 
     kind: str

@@ -15,8 +15,8 @@ from common.schedule import Schedule
 
 SCRIPTS = (cps, mean_teacher, stpp, supervised, u2pl)
 EVERY_PRESET = {
-    "backbone", "weights", "output_stride", "batch_size", "eval_window", "crop_size", "scale", "lr",
-    "head_lr_mult", "weight_decay", "decay_norm", "ohem",
+    "backbone", "weights", "output_stride", "dropout", "batch_size", "eval_window", "crop_size",
+    "scale", "lr", "head_lr_mult", "weight_decay", "decay_norm", "ohem",
 }  # fmt: skip
 
 
@@ -61,6 +61,27 @@ def test_a_preset_that_processes_cannot_share_is_said_so(
     assert cps.parse_args([]).batch_size == batch
     printed = capsys.readouterr().err
     assert said in printed if said else not printed
+
+
+def test_pretrained_weights_are_those_of_the_backbone():
+    """Found wrong once: --backbone resnet18 on the built-in set wanted the weights of tiny."""
+    for flags, weights in (
+        ([], "blots"),
+        (["--backbone", "resnet18"], "imagenet"),
+        (["--backbone", "resnet18", "--weights", "none"], "none"),
+        (["--data", "camvid"], "imagenet"),
+        (["--data", "camvid", "--backbone", "tiny"], "blots"),
+    ):
+        assert supervised.parse_args([*flags, "--device", "cpu"]).weights == weights
+
+
+def test_only_iterations_are_multiplied_and_at_least_one_is_left():
+    """Epochs of a longer list are longer already."""
+    args = stpp.parse_args(["--max-iters", "4", "--device", "cpu"])
+    assert Schedule(args, 64, 1, times=2).total == 8
+    assert Schedule(args, 64, 1, times=0.1).total == 1
+    args = stpp.parse_args(["--epochs", "3", "-b", "8", "--device", "cpu"])
+    assert Schedule(args, 64, 1, times=2).total == 24
 
 
 def test_workers_need_shared_memory(monkeypatch, capsys):

@@ -18,6 +18,7 @@ from common.augment import Window
 from common.data import Key, TrainSet
 from common.evaluate import image_miou
 from common.masks import read_mask, write_mask
+from common.run import Run
 from common.schedule import Schedule
 
 SHORT = (
@@ -126,6 +127,36 @@ def test_a_retraining_is_longer_than_the_first_training(monkeypatch):
             stpp.train_network(args, None, [])
     assert lengths == [800, 1600, 1600]
     assert stpp.parse_args(["--data", "voc", "--device", "cpu"]).retrain_times == 1
+
+
+def test_a_run_can_be_longer_than_its_settings_say(begin, tmp_path):
+    assert begin(stpp, "--max-iters", "5").schedule.total == 5
+    args = stpp.parse_args(["--max-iters", "5", "--device", "cpu", "--output-dir", str(tmp_path / "x")])
+    assert Run(args, datasets.load(settings()), 8, times=2).schedule.total == 10
+
+
+@pytest.mark.parametrize(
+    ("flags", "scales"),
+    [
+        ([], (0.75, 1.0, 1.25, 1.5)),
+        (["--no-tta"], ()),
+        (["--data", "voc"], (0.5, 0.75, 1.0, 1.5, 2.0)),
+    ],
+)
+def test_images_are_labelled_at_the_scales_of_the_preset(flags, scales, tmp_path, monkeypatch):
+    given = []
+
+    def label_images(network: torch.nn.Module, images: torch.Tensor, scales: tuple) -> torch.Tensor:
+        given.append(scales)
+        return torch.zeros(len(images), 64, 64, dtype=torch.uint8)
+
+    monkeypatch.setattr(stpp, "label_images", label_images)
+    args = stpp.parse_args([*flags, "--device", "cpu", "-j", "0"])
+    args.run = str(tmp_path)
+    data = datasets.load(settings())
+    stpp.write_masks(1, torch.nn.Conv2d(3, 12, 1), list(data.unlabelled[:2]), data, args)
+    assert given == [scales]
+    assert stpp.mask_path(args, 1, data.unlabelled[1].name).is_file()
 
 
 class Whole:
