@@ -131,7 +131,8 @@ def test_a_retraining_is_longer_than_the_first_training(monkeypatch):
 
 def test_a_run_can_be_longer_than_its_settings_say(begin, tmp_path):
     assert begin(stpp, "--max-iters", "5").schedule.total == 5
-    args = stpp.parse_args(["--max-iters", "5", "--device", "cpu", "--output-dir", str(tmp_path / "x")])
+    flags = ["--max-iters", "5", "--device", "cpu", "--output-dir", str(tmp_path / "longer")]
+    args = stpp.parse_args(flags)
     assert Run(args, datasets.load(settings()), 8, times=2).schedule.total == 10
 
 
