@@ -97,7 +97,7 @@ Differences from the paper and from the released code:
    validates centre crops (VOC: of 513 pixels, larger than any image), and on unlabelled images it
    counts in L_u and in the percentiles. Images are antialiased when scaled down; the release's not.
 
-    python u2pl.py                                       # built-in data, a CPU, about 1 minute
+    python u2pl.py                                       # built-in data, a CPU, under 2 minutes
     python u2pl.py --data voc --data-dir VOCdevkit --split u2pl-1/8 --amp bf16
 """
 

@@ -6,8 +6,8 @@ Every run is a process of its own with a folder OUT/METHOD/SPLIT-seedN; a finish
 stopped one resumed, so that the whole can be stopped and started again. All get the same backbone,
 output stride, crop, batch (a process), iterations of each trained network and evaluation window
 (ST's re-trainings are --retrain-times as long: twice, on the built-in set); learning rate, decay,
-scale and OHEM stay each method's own. What is printed is also left in OUT, in
-files that are named by experiment (or methods) and split:
+scale and OHEM stay each method's own. What is printed is also left in OUT, in files that are named
+by experiment (or methods) and split:
 
     NAME.md, .csv           mIoU of the last evaluation: every seed, mean and standard deviation;
                             best in brackets; time; memory

@@ -98,8 +98,8 @@ class TinyBackbone(nn.Module):
     """A ResNet of four BasicBlocks (0.22 M parameters) for 64-pixel images on a CPU.
 
     Its interface is that of `ResNetBackbone`. Its pretrained weights, "blots", are of
-    `common/pretrain.py`. They were trained at output stride 8; at 16 and 32, where further layers
-    have strides, they are worth much less.
+    `common/pretrain.py`. They were trained at output stride 8; at 16 and 32 further layers have
+    strides, so that the last maps are on another grid than these weights have seen.
     """
 
     low_channels, mid_channels, out_channels = 24, 48, 96

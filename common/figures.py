@@ -336,8 +336,6 @@ def contact_sheet(data: DataSource, path: Path, count: int = 24, columns: int = 
         count: images, at most.
         columns: images beside each other.
     """
-    from matplotlib.patches import Patch
-
     samples = EvalSet(data, data.labelled[:count])
     rows = -(-len(samples) // columns)
     size = 1.2 * columns, 2.4 * rows + 0.6
@@ -350,14 +348,9 @@ def contact_sheet(data: DataSource, path: Path, count: int = 24, columns: int = 
         sample = samples[index]
         row, column = divmod(index, columns)
         mask = colourise(sample["target"].numpy(), data.colours)
-        axes[2 * row, column].imshow(shrink(sample["image"].numpy()))
-        axes[2 * row + 1, column].imshow(shrink(mask))
-
-    patches = [
-        Patch(facecolor=np.array(colour) / 255, label=name)
-        for name, colour in zip(data.classes, data.colours)
-    ]
-    figure.legend(handles=patches, loc="outside lower center", ncols=columns, fontsize=8)
+        axes[2 * row, column].imshow(shrink(sample["image"].numpy()), interpolation="nearest")
+        axes[2 * row + 1, column].imshow(shrink(mask), interpolation="nearest")
+    legend(figure, data)
     save(figure, path)
 
 

@@ -15,7 +15,7 @@ ImageNet's are to VOC.
 Optimisation is AdamW under a poly learning rate, on mirrored and rescaled images with their colours
 in random order. It takes about three minutes on one CPU core, and prints the accuracy on portraits
 that were not trained on. The weights, 0.22 M in float16, are the file `common/tiny.pt`, the best of
-three runs with other random numbers; a machine that rounds differently gives other weights, as
+three runs with other random numbers. A machine that rounds differently may give other weights, as
 another seed does.
 """
 
@@ -141,7 +141,6 @@ def accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
         (network(normalise(part)).argmax(1) == label).sum()
         for part, label in zip(images.split(BATCH), labels.split(BATCH), strict=True)
     ]
-    network.train()
     return sum(right).item() / len(images)
 
 

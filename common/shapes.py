@@ -251,7 +251,7 @@ class Scene:
     def add_clutter(self, most: int, largest: float) -> None:
         """Paint blots of no class: up to `most`, of a radius from 3 pixels up to `largest`.
 
-        Each is there with a chance of the difficulty.
+        Each is there with a probability that is the scene's difficulty.
         """
         for _ in range(self.rng.binomial(most, self.difficulty)):
             place = self.rng.uniform(0, self.size, 2)
