@@ -1,9 +1,10 @@
-"""Mean Teacher and, with --cutmix, CutMix-Seg.
+"""Mean Teacher; with --cutmix CutMix-Seg, with --classmix ClassMix.
 
 Mean Teacher: Tarvainen & Valpola, NeurIPS 2017, arXiv:1703.01780. CutMix-Seg: French et al.,
-BMVC 2020, arXiv:1906.01916. The teacher is the exponential moving average of the student. It is
-never trained; the student learns to predict what the teacher predicts from another view of the
-same image.
+BMVC 2020, arXiv:1906.01916. ClassMix: Olsson et al., WACV 2021, arXiv:2007.07936; the mixing of
+DACS: Tranheden et al., WACV 2021, arXiv:2007.08702. The teacher is the exponential moving average
+of the student. It is never trained; the student learns to predict what the teacher predicts from
+another view of the same image.
 
     Mean Teacher   x --+-- + η  --> student f  --> p  --+
                        |               ^ gradient       +--> mean (p - p')² --> L_u
@@ -13,6 +14,10 @@ same image.
     CutMix-Seg     u0, u1 --+--> mixed by m --> x_m --> student f --------> p ----+
                             |                                                     +--> L_u
                             +--> teacher f' --> p'(u0), p'(u1) --> mixed --> p'_m +
+
+    ClassMix       u0, u1 --+--> teacher f' --> ŷ0, ŷ1 --> M: half of ŷ1's classes
+                            |                                |
+                            +--> mixed by M --> x_m --> f -> CE(p, ŷ0 and ŷ1 mixed by M) --> L_u
 
 1. Take labelled images x_l and unlabelled ones x_u; with CutMix two independent unlabelled batches
    u0, u1.
@@ -26,6 +31,13 @@ same image.
        x_m = m·u1 + (1-m)·u0,   p'_m = m·p'(u1) + (1-m)·p'(u0)
        L_u = (share of pixels with max p'_m >= 0.97)
              · mean over pixels of sum_c (p(x_m) - p'_m)²                                [section 3]
+   ClassMix: M is what the teacher takes for one of ⌊K/2⌋ classes, drawn from the K that it sees in
+   u1. Whole objects are pasted, and the labels are hard:
+       x_m = M·u1 + (1-M)·u0,   ŷ_m = M·argmax p'(u1) + (1-M)·argmax p'(u0)
+       L_u = q · mean over pixels of CE(f(x_m), ŷ_m),   q = share of pixels with max p'_m >= 0.968
+   --classmix labelled pastes from labelled images instead, ⌈K/2⌉ of their true classes, as DACS
+   does from another domain. Pasted pixels then have weight 1 instead of q, and q is of u0 alone:
+       ŷ_m = M·y + (1-M)·argmax p'(u0)
 4. L = L_s + w(t)·L_u;  SGD step for the student. With a ramp-up (on the built-in set), w(t) grows
    to w in the first T iterations; without one it is w:
        w(t) = w·exp(-5 (1 - t/T)²)                               [the release, after 1610.02242]
@@ -35,11 +47,12 @@ The teacher is the result; the student is reported beside it.
 | symbol | variable           | symbol | variable            | symbol | variable          |
 |--------|--------------------|--------|---------------------|--------|-------------------|
 | x_l, y | images_l, target_l | x_m    | images_m            | L_s    | loss_sup          |
-| u0, u1 | images_u           | m      | mask                | L_u    | loss_unsup        |
+| u0, u1 | images_u           | m, M   | mask                | L_u    | loss_unsup        |
 | f, p   | student, probs     | p'     | targets (teacher's) | w      | args.unsup_weight |
-|        |                    |        |                     | w(t)   | weight            |
+| q      | confident          | ŷ_m    | target_m            | w(t)   | weight            |
 
-`confident` is the share of pixels on which the teacher's highest probability reaches the threshold.
+`confident` is the share of pixels on which the teacher's highest probability reaches the threshold,
+`pasted` the share of pixels inside M.
 
 Differences from the papers and the released code:
 1. Mean Teacher was published for image classification. The setting here is the one that the authors
@@ -59,12 +72,21 @@ Differences from the papers and the released code:
    step 5.
 5. --colour-jitter changes what the student sees, and the teacher never. It belongs to the follow-up
    paper, arXiv:2110.04487, whose settings the released scripts have; it is off by default.
-6. Padding counts nowhere. In the released Mean Teacher it counts in L_u. In the released CutMix-Seg
-   it adds nothing to the distance, but counts in the number of pixels that both means divide by.
-7. The network is this project's DeepLabv3+, and images are antialiased when they are scaled down,
+6. ClassMix is released with batches of one stream, whose images are mixed in a ring; here u0 and u1
+   are independent. Its teacher averages parameters alone and runs in train mode; here the teacher
+   is CutMix-Seg's (3.), so that box and classes can be compared. It starts from a DeepLab v2 that
+   was trained on COCO; here it is trained as the other methods are. On Cityscapes the mixed image
+   is jittered and blurred, on VOC it is not; here --colour-jitter does it before mixing, with other
+   colours and no blur. DACS adapts to another domain; here both images are of one. It is released
+   with jitter and blur, and ignored pixels are a class of theirs that may be pasted; here never.
+7. Padding counts nowhere. In the released Mean Teacher it counts in L_u. In the released CutMix-Seg
+   it adds nothing to the distance, but counts in the number of pixels that both means divide by, as
+   ignored pixels do in the released ClassMix and DACS.
+8. The network is this project's DeepLabv3+, and images are antialiased when they are scaled down,
    which they are in neither release.
 
     python mean_teacher.py                                   # built-in data, a CPU, about a minute
+    python mean_teacher.py --classmix
     python mean_teacher.py --cutmix --data voc --data-dir VOCdevkit --split 1/8 --amp bf16
 """
 
@@ -77,14 +99,15 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from common import cli, runtime
-from common.augment import normalise
-from common.cutmix import half_area_masks, mix
+from common.augment import IGNORE, normalise
+from common.cutmix import class_masks, half_area_masks, mix
 from common.datasets import Item
 from common.deeplabv3plus import DeepLabV3Plus, full_softmax
 from common.distributed import add_up, global_mean
 from common.evaluate import Scores, evaluate
-from common.losses import labelled_loss
+from common.losses import labelled_loss, mean_cross_entropy
 from common.run import Run, sgd
+from kernels import cross_entropy, pseudo_label
 
 # All settings of a data set; a flag of the same name, where there is one, replaces it. The
 # schedules are those of cps.py: on voc, its authors released Mean Teacher with the same
@@ -95,7 +118,7 @@ SHAPES = {  # a small network with pretrained weights of its own, for a CPU
     "weights": "blots",
     "output_stride": 8,
     "dropout": 0.1,
-    "max_iters": 800,
+    "max_iters": 900,
     "batch_size": 8,
     "crop_size": 64,
     "scale": "0.75,1,1.25,1.5",
@@ -105,10 +128,10 @@ SHAPES = {  # a small network with pretrained weights of its own, for a CPU
     "decay_norm": False,
     "ohem": None,
     # w as on voc; the ramp-up is our choice, see common/results/README.md.
-    "unsup_weight": {"noise": 100.0, "cutmix": 1.0},
-    "ramp_up": {"noise": 0.4, "cutmix": 0.0},
+    "unsup_weight": {"noise": 100.0, "cutmix": 1.0, "classmix": 1.0},
+    "ramp_up": {"noise": 0.4, "cutmix": 0.0, "classmix": 0.0},
     "eval_window": 0,  # whole images
-    "eval_iters": 400,
+    "eval_iters": 450,
 }
 CAMVID = {
     "backbone": "resnet50",
@@ -124,7 +147,7 @@ CAMVID = {
     "weight_decay": 4e-4,
     "decay_norm": False,
     "ohem": None,
-    "unsup_weight": {"noise": 100.0, "cutmix": 1.0},
+    "unsup_weight": {"noise": 100.0, "cutmix": 1.0, "classmix": 1.0},
     "ramp_up": 0.0,
     "eval_window": 0,
     "eval_interval": 10,
@@ -147,7 +170,8 @@ VOC = {
     "weight_decay": 4e-4,
     "decay_norm": False,  # BatchNorm and biases do not decay
     "ohem": None,
-    "unsup_weight": {"noise": 100.0, "cutmix": 1.0},  # of CPS's authors; of French et al.
+    # Of CPS's authors; of French et al.; of Olsson et al.
+    "unsup_weight": {"noise": 100.0, "cutmix": 1.0, "classmix": 1.0},
     "ramp_up": 0.0,
     "eval_window": 0,  # our choice
     "eval_interval": 1,  # our choice
@@ -176,22 +200,54 @@ PRESETS = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The settings of a run: the shared flags and those of the two methods."""
+    """The settings of a run: the shared flags and those of the three methods."""
     parser = cli.parser(__doc__, PRESETS)
-    group = parser.add_argument_group("Mean Teacher")
-    group.add_argument("--cutmix", action="store_true", help="CutMix-Seg instead of noise")
+    add_flags(parser)
+    given, _ = parser.parse_known_args(argv)
+    name = "mean_teacher" + {"noise": "", "cutmix": "-cutmix", "classmix": "-classmix"}[kind(given)]
+    if given.classmix == "labelled":
+        name += "-labelled"
+    args = cli.finish(parser, PRESETS, name, argv)
+    for key in ("unsup_weight", "ramp_up"):
+        value = getattr(args, key)
+        if isinstance(value, dict):
+            setattr(args, key, value[kind(args)])
+    if args.conf_thresh is None:
+        args.conf_thresh = 0.968 if args.classmix else 0.97
+    check(args, parser)
+    return args
+
+
+def kind(args: argparse.Namespace) -> str:
+    """How the student's view differs from the teacher's: noise, cutmix or classmix."""
+    return "classmix" if args.classmix else "cutmix" if args.cutmix else "noise"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the three methods."""
+    parser.set_defaults(views=1)  # at most: `cli` counts the loader's memory by it
+    group = parser.add_argument_group("Mean Teacher, CutMix-Seg, ClassMix")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--cutmix", action="store_true", help="CutMix-Seg instead of noise")
+    either.add_argument(
+        "--classmix",
+        nargs="?",
+        const="unlabelled",
+        choices=["unlabelled", "labelled"],
+        help="ClassMix; with `labelled`, what is pasted comes from labelled images (DACS)",
+    )
     group.add_argument(
         "--unsup-weight",
         type=float,
         metavar="W",
-        help="w of the consistency loss (default: 100; with CutMix 1)",
+        help="w of the consistency loss (default: 100; with CutMix and ClassMix 1)",
     )
     group.add_argument(
         "--ramp-up",
         type=float,
         metavar="SHARE",
         help="share of the iterations over which w grows from 0.7 %% of its value "
-        "(default: 0; shapes 0.4, with CutMix 0)",
+        "(default: 0; shapes 0.4, with CutMix and ClassMix 0)",
     )
     group.add_argument(
         "--ema-decay",
@@ -205,30 +261,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=float,
         default=0.1,
         metavar="σ",
-        help="of η, in normalised units; not with --cutmix (default: 0.1)",
+        help="of η, in normalised units; of Mean Teacher alone (default: 0.1)",
     )
     group.add_argument(
         "--conf-thresh",
         type=float,
-        default=0.97,
         metavar="P",
-        help="teacher's probability from which a pixel is confident; with --cutmix their share "
-        "scales the loss (default: 0.97)",
+        help="teacher's probability from which a pixel is confident; with CutMix and ClassMix "
+        "their share scales the loss (default: 0.97; ClassMix 0.968)",
     )
     group.add_argument(
         "--colour-jitter",
         "--color-jitter",
         action="store_true",
-        help="with --cutmix: jitter what the student sees",
+        help="with CutMix or ClassMix: jitter what the student sees",
     )
-    given, _ = parser.parse_known_args(argv)
-    args = cli.finish(parser, PRESETS, "mean_teacher" + ("-cutmix" if given.cutmix else ""), argv)
-    for name in ("unsup_weight", "ramp_up"):
-        value = getattr(args, name)
-        if isinstance(value, dict):
-            setattr(args, name, value["cutmix" if args.cutmix else "noise"])
-    check(args, parser)
-    return args
 
 
 def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -239,8 +286,8 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--ramp-up lies in [0,1]")
     if not (0 <= args.noise_std and 0 <= args.unsup_weight):
         parser.error("--noise-std and --unsup-weight are not negative")
-    if args.colour_jitter and not args.cutmix:
-        parser.error("--colour-jitter goes with --cutmix")
+    if args.colour_jitter and kind(args) == "noise":
+        parser.error("--colour-jitter goes with --cutmix or --classmix")
 
 
 # CutMix-Seg's colours. Source: its release with the follow-up paper, arXiv:2110.04487.
@@ -424,6 +471,91 @@ def cutmix_step(
     }
 
 
+@torch.no_grad()
+def teacher_labels(
+    teacher: nn.Module, batch: dict, size: tuple[int, int], threshold: float
+) -> tuple[Tensor, Tensor, int]:
+    """argmax p' of a batch, where the teacher is confident, and the number of classes.
+
+    Returns:
+        (N,H,W) uint8, 255 on padding; (N,H,W) bool, max p' >= threshold; C.
+    """
+    logits = teacher(normalise(batch["image"], batch["valid_mask"]))
+    found = pseudo_label(logits, size, with_confidence=True)
+    label = found.label.masked_fill(~batch["valid_mask"], IGNORE)
+    return label, found.confidence >= threshold, logits.shape[1]
+
+
+def share(chosen: Tensor, counted: Tensor) -> Tensor:
+    """Share of `chosen` among the `counted` pixels (N,H,W) of all processes, a scalar in [0,1]."""
+    return add_up((chosen & counted).sum()) / add_up(counted.sum()).clamp_min(1)
+
+
+def classmix_step(
+    student: nn.Module,
+    teacher: nn.Module,
+    batch_l: dict,
+    batches_u: list[dict],
+    weight: float,
+    iteration: int,
+    args: argparse.Namespace,
+) -> dict[str, Tensor]:
+    """ClassMix: steps 1 to 4, the losses of one iteration.
+
+    Args:
+        student, teacher: the networks.
+        batch_l: labelled images.
+        batches_u: two independent batches of unlabelled images; one, if labelled ones are pasted.
+        weight: w(t).
+        iteration: iterations done, for the choice of classes.
+        args: `classmix`, `colour_jitter`, `conf_thresh`, `ohem`, `seed`.
+    """
+    # 1. Labelled images; u0, and what is pasted into it.
+    images_l, target_l = normalise(batch_l["image"], batch_l["valid_mask"]), batch_l["target"]
+    from_labelled = args.classmix == "labelled"
+    base, pasted = batches_u[0], batch_l if from_labelled else batches_u[1]
+    size = target_l.shape[1:]
+
+    # 2. L_s = CE(f(x_l), y)
+    loss_sup = labelled_loss(student(images_l), target_l, args.ohem)
+
+    # 3. Labels of both, and M: ⌊K/2⌋ of the pasted image's classes, or ⌈K/2⌉
+    label_0, sure_0, classes = teacher_labels(teacher, base, size, args.conf_thresh)
+    if from_labelled:
+        label_1 = target_l
+    else:
+        label_1, sure_1, _ = teacher_labels(teacher, pasted, size, args.conf_thresh)
+    mask = class_masks(label_1, classes, args.seed, iteration, round_up=from_labelled)
+
+    # x_m = M·u1 + (1-M)·u0, and ŷ_m alike
+    view = "image_strong" if args.colour_jitter else "image"
+    inside, outside = (normalise(batch[view], batch["valid_mask"]) for batch in (pasted, base))
+    images_m = mix(mask, inside, outside)
+    target_m = mix(mask, label_1, label_0)
+    valid_mask = target_m != IGNORE
+    logits_m = student(images_m)
+
+    # L_u = mean over pixels of weight · CE(f(x_m), ŷ_m); the weight is q, or 1 on true labels
+    if from_labelled:
+        confident = share(sure_0, base["valid_mask"])
+        total = cross_entropy(
+            logits_m, target_m, pixel_weight=torch.where(mask, 1.0, confident), reduction="sum"
+        )
+        loss_unsup = global_mean(total, valid_mask.sum())
+    else:
+        confident = share(mix(mask, sure_1, sure_0), valid_mask)
+        loss_unsup = confident * mean_cross_entropy(logits_m, target_m)
+
+    # 4. L = L_s + w(t)·L_u
+    return {
+        "loss": loss_sup + weight * loss_unsup,
+        "loss_sup": loss_sup,
+        "loss_unsup": loss_unsup,
+        "confident": confident,
+        "pasted": share(mask, valid_mask),
+    }
+
+
 def validate(
     run: Run, teacher: nn.Module, student: nn.Module
 ) -> tuple[dict[str, Scores], dict[str, float]]:
@@ -437,27 +569,30 @@ def main(args: argparse.Namespace) -> None:
     """Train a student and its average, the teacher, and evaluate both."""
     run = Run(args)
     data = run.data
+    mixes = kind(args) != "noise"
     student = run.place(DeepLabV3Plus.from_settings(args, data.num_classes))
-    teacher = copy.deepcopy(student).requires_grad_(False).train(not args.cutmix)
+    teacher = copy.deepcopy(student).requires_grad_(False).train(not mixes)
     optimizer = sgd([student], args)
     run.keep(result="teacher", teacher=teacher, student=student, optimizer=optimizer)
     trained = run.parallel(student)
 
     strong = student_view if args.colour_jitter else None
-    labelled = run.batches(data.labelled, stream=0)
-    streams = (1, 2) if args.cutmix else (1,)
+    pasted_from_labelled = args.classmix == "labelled"
+    labelled = run.batches(data.labelled, 0, strong if pasted_from_labelled else None)
+    streams = (1, 2) if mixes and not pasted_from_labelled else (1,)
     unlabelled = [run.batches(data.unlabelled, stream, strong) for stream in streams]
+    mix_step = classmix_step if args.classmix else cutmix_step
     for iteration, (batch_l, *batches_u) in run.iterations(labelled, *unlabelled):
         if run.evaluates():
             run.report(*validate(run, teacher, student))
         weight = args.unsup_weight * ramp_up(iteration, run.schedule.total, args.ramp_up)
-        if args.cutmix:
-            measured = cutmix_step(trained, teacher, batch_l, batches_u, weight, iteration, args)
+        if mixes:
+            measured = mix_step(trained, teacher, batch_l, batches_u, weight, iteration, args)
         else:
             measured = noise_step(trained, teacher, batch_l, *batches_u, weight, args)
         # 4., 5. The student's step; then the average.
         run.step(measured["loss"], optimizer)
-        ema_update(teacher, student, min(1 - 1 / (iteration + 1), args.ema_decay), args.cutmix)
+        ema_update(teacher, student, min(1 - 1 / (iteration + 1), args.ema_decay), mixes)
         run.log(measured)
     run.finish(*validate(run, teacher, student))
 

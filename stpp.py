@@ -69,10 +69,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from common import InputError, checkpoint, cli, datasets, distributed, runtime
-from common.augment import IGNORE, normalise, uniform
+from common.augment import IGNORE, colour_jitter_and_blur, normalise, uniform
 from common.data import equal_size_loader, load_data
 from common.datasets import DataSource, Item
 from common.deeplabv3plus import DeepLabV3Plus, full_softmax
@@ -93,10 +92,10 @@ SHAPES = {
     "weights": "blots",
     "output_stride": 8,
     "dropout": 0.1,
-    "max_iters": 800,
+    "max_iters": 900,
     "retrain_times": 2.0,
     "batch_size": 8,
-    "eval_iters": 400,
+    "eval_iters": 450,
     "eval_window": 0,
     "crop_size": 64,
     "scale": "0.75,1,1.25,1.5",
@@ -232,22 +231,6 @@ def mask_path(args: argparse.Namespace, stage: int, name: str) -> Path:
 
 
 # --------------------------------------------------------------------------------------- the method
-
-
-# ST's colours. Source: the released ST++, with another blur filter (difference 6).
-COLOURS = v2.Compose(
-    [
-        v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.5, hue=0.25)], p=0.8),
-        v2.RandomGrayscale(p=0.2),
-        # 13 pixels are three σ each way.
-        v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], p=0.5),
-    ]
-)
-
-
-def colour_jitter_and_blur(pixels: Tensor) -> Tensor:
-    """Jitter, grey and blur, each by chance; (H,W,3) uint8 to the same."""
-    return COLOURS(pixels.permute(2, 0, 1)).permute(1, 2, 0)
 
 
 def cutout(pixels: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -130,7 +130,7 @@ SHAPES = {  # our choice: a small network with pretrained weights of its own, fo
     "weights": "blots",
     "output_stride": 8,
     "dropout": 0.1,
-    "max_iters": 800,
+    "max_iters": 900,
     "warmup_epochs": 0,
     "warmup_iters": 50,
     "batch_size": 8,
@@ -144,7 +144,7 @@ SHAPES = {  # our choice: a small network with pretrained weights of its own, fo
     "aux_weight": 0.0,
     "contrast_weight": 1.0,
     "eval_window": 0,
-    "eval_iters": 400,
+    "eval_iters": 450,
 }
 CAMVID = {  # our choice: network, schedule and augmentation of cps.py
     "backbone": "resnet50",

@@ -1,8 +1,9 @@
-"""Weak augmentation, and the normalisation that follows on the device.
+"""Weak augmentation, the colours of the strong one, and the normalisation on the device.
 
-It is a random scale, crop and flip. The usual way resizes the whole image and then throws most of
-it away. Here the window is drawn first, in the coordinates of the scaled image, and one resize
-reads only the source pixels under it. Strong augmentation stands in the scripts of its methods.
+Weak augmentation is a random scale, crop and flip. The usual way resizes the whole image and then
+throws most of it away. Here the window is drawn first, in the coordinates of the scaled image, and
+one resize reads only the source pixels under it. Strong augmentation stands in the scripts of its
+methods, but for the colours that several of them share.
 
 All draws are from torch's global generator, which the loader seeds for each sample.
 """
@@ -14,6 +15,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms import v2
 
 from common import InputError
 
@@ -41,6 +43,17 @@ class ScaleFrom:
 
 
 @dataclass(frozen=True)
+class ScaleBetween:
+    """A factor from U(low, high) (UniMatch: 0.5..2)."""
+
+    low: float
+    high: float
+
+    def __call__(self, width: int, height: int) -> float:
+        return uniform(self.low, self.high)
+
+
+@dataclass(frozen=True)
 class LongSide:
     """The long side drawn uniformly, in pixels (ST++: 200..800 on VOC)."""
 
@@ -60,7 +73,9 @@ class HalfOrDouble:
 
 
 def scale_rule(text: str) -> ScaleRule:
-    """The random scale that `--scale` names: "0.5,0.75,1", "long:200-800" or "half-or-double".
+    """The random scale that `--scale` names.
+
+    Rules are "0.5,0.75,1", "uniform:0.5-2", "long:200-800" and "half-or-double".
 
     Raises:
         InputError: none of these.
@@ -72,6 +87,10 @@ def scale_rule(text: str) -> ScaleRule:
             low, high = map(int, text.removeprefix("long:").split("-"))
             if 0 < low <= high:
                 return LongSide(low, high)
+        elif text.startswith("uniform:"):
+            low, high = map(float, text.removeprefix("uniform:").split("-"))
+            if 0.05 <= low <= high <= 20:
+                return ScaleBetween(low, high)
         else:
             factors = tuple(float(part) for part in text.split(","))
             if all(0.05 <= factor <= 20 for factor in factors):
@@ -79,7 +98,8 @@ def scale_rule(text: str) -> ScaleRule:
     except ValueError:
         pass
     raise InputError(
-        f"--scale {text}: give factors such as 0.5,1,2, or long:200-800, or half-or-double"
+        f"--scale {text}: give factors such as 0.5,1,2, or uniform:0.5-2, or long:200-800, "
+        "or half-or-double"
     )
 
 
@@ -154,6 +174,23 @@ def fit(pixels: Tensor, window: Window, mode: str) -> Tensor:
         batch = F.interpolate(batch, size=window.size[::-1], mode=mode, antialias=antialias)
         pixels = batch[0].permute(1, 2, 0) if pixels.ndim == 3 else batch[0, 0]
     return pixels.flip(1) if window.flip else pixels
+
+
+# The colours of ST++ and UniMatch. Source: the released code of both; theirs blurs with another
+# filter, PIL's.
+COLOURS = v2.Compose(
+    [
+        v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.5, hue=0.25)], p=0.8),
+        v2.RandomGrayscale(p=0.2),
+        # 13 pixels are three σ each way.
+        v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], p=0.5),
+    ]
+)
+
+
+def colour_jitter_and_blur(pixels: Tensor) -> Tensor:
+    """Jitter, grey and blur, each by chance; (H,W,3) uint8 to the same."""
+    return COLOURS(pixels.permute(2, 0, 1)).permute(1, 2, 0)
 
 
 @lru_cache

@@ -174,7 +174,8 @@ def add_schedule_flags(top: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--scale",
         metavar="RULE",
-        help="random scale: factors (0.5,1,2), long:200-800, or half-or-double",
+        help="random scale: factors (0.5,1,2), uniform:0.5-2, long:200-800 (pixels), "
+        "or half-or-double",
     )
 
 
@@ -422,11 +423,13 @@ def shared_memory() -> float:
 def worker_memory(args: argparse.Namespace) -> float:
     """Bytes that the batches in flight may take.
 
-    These are 4 a worker of each of 3 loaders, with 5 bytes a pixel (RGB, label, valid_mask). Whole
-    images may be larger than crops: 512 pixels a side at least.
+    These are 4 a worker of each of 3 loaders, with 5 bytes a pixel (RGB, label, valid_mask) and 3
+    for each strong view (`args.views`, where a method has some). Whole images may be larger than
+    crops: 512 pixels a side at least.
     """
     workers = args.workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return 3 * 4 * workers * args.batch_size * max(args.crop_size, 512) ** 2 * 5
+    pixels = args.batch_size * max(args.crop_size, 512) ** 2
+    return 3 * 4 * workers * pixels * (5 + 3 * getattr(args, "views", 0))
 
 
 def check(args: argparse.Namespace, top: argparse.ArgumentParser) -> None:

@@ -51,7 +51,7 @@ SHAPES = {
     "backbone": "tiny",
     "output_stride": 8,
     "crop_size": 64,
-    "max_iters": 800,
+    "max_iters": 900,
 }
 SHARED = {
     "shapes": SHAPES,

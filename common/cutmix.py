@@ -1,12 +1,15 @@
-"""CutMix masks and mixing.
+"""Mixing two images: CutMix's boxes, ClassMix's classes.
 
-Source: French et al., BMVC 2020, arXiv:1906.01916; CPS, arXiv:2106.01226, section 3.
+Sources: French et al., BMVC 2020, arXiv:1906.01916; CPS, arXiv:2106.01226, section 3; UniMatch,
+arXiv:2208.09910; ClassMix, arXiv:2007.07936.
 
 Boxes are drawn on the CPU for the global batch under (seed, iteration), and each process rasterises
-its own share: the masks do not depend on how many processes there are.
+its own share: the masks do not depend on how many processes there are. The same holds for the
+numbers by which ClassMix chooses.
 """
 
 import math
+import random
 
 import torch
 from torch import Tensor
@@ -127,6 +130,95 @@ def xor_box_masks(
     Their areas add up to a quarter to half of the image's.
     """
     return box_masks(count, size, seed, iteration, device, boxes=3, area=(0.25, 0.5))
+
+
+def draw_small_box(size: int, generator: random.Random) -> tuple[int, int, int, int]:
+    """UniMatch's box: with chance 0.5 none, else a small one of a random aspect ratio.
+
+        area ~ U(0.02, 0.4),   aspect = height / width ~ U(0.3, 1/0.3),
+        corner uniform over the pixels
+
+    Aspect ratio and corner are drawn again until the box lies inside the image; the area stays. A
+    box is taller than wide in 77 % of these draws, since U(0.3, 1/0.3) is not symmetric about 1.
+
+    Source: the released UniMatch.
+
+    Args:
+        size: side of the image, pixels.
+        generator: what to draw from.
+
+    Returns:
+        top, left, bottom, right in pixels, the last two exclusive; all 0 where there is no box.
+    """
+    if generator.random() >= 0.5:
+        return 0, 0, 0, 0
+    area = generator.uniform(0.02, 0.4) * size * size
+    while True:
+        aspect = generator.uniform(0.3, 1 / 0.3)
+        height, width = int(math.sqrt(area * aspect)), int(math.sqrt(area / aspect))
+        top, left = generator.randrange(size), generator.randrange(size)
+        if top + height <= size and left + width <= size:
+            return top, left, top + height, left + width
+
+
+def small_box_masks(
+    count: int, size: int, seed: int, iteration: int, view: int, device: torch.device
+) -> Tensor:
+    """UniMatch's masks of this process's images, (count,size,size) bool, True inside the box.
+
+    Args:
+        count: images a process.
+        size: side of the images, pixels.
+        seed: the run's.
+        iteration: masks of two iterations are independent ...
+        view: ... and so are those of two views.
+        device: where to put them.
+    """
+    generator = random.Random(derive_seed(seed, iteration, view, 0x5B0))
+    everywhere = count * distributed.world_size()
+    drawn = torch.tensor([draw_small_box(size, generator) for _ in range(everywhere)])
+    first = count * distributed.rank()
+    mine = drawn[first : first + count, None]  # (count,1,4)
+    return rasterise(mine.to(device, non_blocking=True), size)
+
+
+def class_masks(
+    labels: Tensor, num_classes: int, seed: int, iteration: int, round_up: bool = False
+) -> Tensor:
+    """ClassMix's masks: the pixels of a random half of the K classes in each image.
+
+    Chosen are ⌊K/2⌋ of them, so that an image of one class is not pasted at all. Source: Olsson et
+    al., arXiv:2007.07936, and its released code.
+
+    Everything happens on the labels' device and nothing waits for it: no loop asks which classes an
+    image has.
+
+    Args:
+        labels: (N,H,W) labels of this process's images; 255 is no class and never inside.
+        num_classes: C.
+        seed: the run's.
+        iteration: masks of two iterations are independent.
+        round_up: choose ⌈K/2⌉ instead, as DACS does (Tranheden et al., arXiv:2007.08702).
+
+    Returns:
+        (N,H,W) bool, True on the chosen classes.
+    """
+    count, device = len(labels), labels.device
+    flat = labels.flatten(1).long()  # (N,H·W)
+    present = torch.zeros(count, 256, dtype=torch.bool, device=device).scatter_(1, flat, True)
+    present = present[:, :num_classes]  # (N,C)
+
+    # A number for each class of each image, drawn for all processes; the lowest are chosen.
+    generator = torch.Generator().manual_seed(derive_seed(seed, iteration, 0xC1A))
+    drawn = torch.rand(count * distributed.world_size(), num_classes, generator=generator)
+    first = count * distributed.rank()
+    drawn = drawn[first : first + count].to(device, non_blocking=True)
+    rank = drawn.masked_fill(~present, 2).argsort(1).argsort(1)  # absent classes come last
+    half = (present.sum(1, keepdim=True) + round_up) // 2
+
+    chosen = torch.zeros(count, 256, dtype=torch.bool, device=device)
+    chosen[:, :num_classes] = rank < half
+    return chosen.gather(1, flat).view(labels.shape)
 
 
 def mix(mask: Tensor, inside: Tensor, outside: Tensor) -> Tensor:

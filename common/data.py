@@ -275,6 +275,7 @@ def train_loader(
     start: int,
     stop: int,
     strong: Callable[[dict, Item], dict] | None = None,
+    order: int | None = None,
 ) -> DataLoader:
     """This process's batches of `items` for iterations `start` to `stop`.
 
@@ -287,6 +288,8 @@ def train_loader(
         start: first iteration.
         stop: one past the last.
         strong: further augmentation of a sample, see `TrainSet`.
+        order: number of the stream whose shuffles to follow, None for its own: the batches then
+            have the images of that stream in other windows.
 
     Raises:
         InputError: there are no items.
@@ -299,8 +302,9 @@ def train_loader(
     augment = WeakAugment(args.crop_size, scale_rule(args.scale))
     dataset = TrainSet(data, items, augment, args.seed, stream, strong)
     rank, world = distributed.rank(), distributed.world_size()
+    order = stream if order is None else order
     sampler = StreamSampler(
-        len(items), args.batch_size, args.seed, stream, start, stop, rank, world
+        len(items), args.batch_size, args.seed, order, start, stop, rank, world
     )
     return _loader(dataset, args, batch_sampler=sampler)
 

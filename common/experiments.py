@@ -43,9 +43,12 @@ METHODS = {
     "supervised": Variant("SupOnly", "supervised.py"),
     "mean_teacher": Variant("Mean Teacher", "mean_teacher.py"),
     "cutmix_seg": Variant("CutMix-Seg", "mean_teacher.py --cutmix"),
+    "classmix": Variant("ClassMix", "mean_teacher.py --classmix"),
     "st": Variant("ST", "stpp.py --plain"),
     "stpp": Variant("ST++", "stpp.py"),
     "u2pl": Variant("U2PL", "u2pl.py"),
+    "fixmatch": Variant("FixMatch", "unimatch.py --fixmatch"),
+    "unimatch": Variant("UniMatch", "unimatch.py"),
     "cps_no_cutmix": Variant("CPS without CutMix", "cps.py --no-cutmix"),
     "cps": Variant("CPS", "cps.py"),
 }
@@ -98,6 +101,33 @@ EXPERIMENTS = {
             Variant("all at once (ST)", "stpp.py --plain", {"1/8": 73.3}),
             Variant("a random half", "stpp.py --selection random", {"1/8": 73.9}),
             Variant("the reliable half (ST++)", "stpp.py", {"1/8": 74.4}),
+        ),
+    ),
+    "mixes": Experiment(
+        "what is mixed, by the same teacher: nothing, a box, classes, classes of labelled images",
+        (
+            Variant("Mean Teacher", "mean_teacher.py"),
+            Variant("box (CutMix-Seg)", "mean_teacher.py --cutmix"),
+            Variant("classes (ClassMix)", "mean_teacher.py --classmix"),
+            Variant("true classes (as DACS)", "mean_teacher.py --classmix labelled"),
+        ),
+    ),
+    "unimatch-parts": Experiment(
+        "the steps from FixMatch to UniMatch",
+        (
+            Variant("FixMatch", "unimatch.py --fixmatch"),
+            Variant("two views", "unimatch.py --no-fp"),
+            Variant("one view and dropped features", "unimatch.py --no-second-view"),
+            Variant("both (UniMatch)", "unimatch.py"),
+            Variant("complementary dropout", "unimatch.py --complementary"),
+            Variant("partner as released", "unimatch.py --partner-as-released"),
+        ),
+    ),
+    "unimatch-threshold": Experiment(
+        "from which probability a pseudo-label is kept",
+        tuple(
+            Variant(f"τ = {threshold}", f"unimatch.py --conf-thresh {threshold}")
+            for threshold in (0, 0.7, 0.9, 0.95, 0.98)
         ),
     ),
     "u2pl-table4": Experiment(

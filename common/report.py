@@ -44,7 +44,7 @@ NOT_SHOWN = {
     "method", "data", "split", "labelled_list", "extra", "extra_count",  # the first line tells
     "epochs", "max_iters",  # the schedule's own text tells
     "download", "measure_pseudo_labels", "output_dir", "run", "stage", "resume", "eval_only",
-    "log_interval", "save_interval", "debug",
+    "log_interval", "save_interval", "debug", "views",
 }  # fmt: skip
 
 

@@ -132,6 +132,7 @@ class Run:
         items: Sequence[Item],
         stream: int,
         strong: Callable[[dict, Item], dict] | None = None,
+        order: int | None = None,
     ) -> Iterable[dict]:
         """Batches of `items` for the iterations that are left; `common.data.TrainSet` says of what.
 
@@ -142,12 +143,13 @@ class Run:
             items: labelled or unlabelled images.
             stream: batches of other numbers are independent shuffles and augmentations.
             strong: further augmentation of a sample.
+            order: stream whose shuffles to follow; None for its own.
         """
         assert self.networks or not self.args.resume, "keep() comes first"
         if self.args.eval_only:
             return []
         return train_loader(
-            self.data, items, stream, self.args, self.start, self.schedule.total, strong
+            self.data, items, stream, self.args, self.start, self.schedule.total, strong, order
         )
 
     def iterations(self, *loaders: Iterable[dict]) -> Iterator[tuple[int, list[dict]]]:

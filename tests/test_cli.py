@@ -9,11 +9,12 @@ import mean_teacher
 import stpp
 import supervised
 import u2pl
+import unimatch
 from common import cli
 from common.datasets import DATASETS
 from common.schedule import Schedule
 
-SCRIPTS = (cps, mean_teacher, stpp, supervised, u2pl)
+SCRIPTS = (cps, mean_teacher, stpp, supervised, u2pl, unimatch)
 EVERY_PRESET = {
     "backbone", "weights", "output_stride", "dropout", "batch_size", "eval_window", "crop_size",
     "scale", "lr", "head_lr_mult", "weight_decay", "decay_norm", "ohem",

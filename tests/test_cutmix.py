@@ -1,9 +1,20 @@
-"""CutMix masks: areas, bounds, XOR, and independence of the number of processes."""
+"""Masks: areas, bounds, XOR, whole classes, and independence of the number of processes."""
 
+import pytest
 import torch
 
 from common import distributed
-from common.cutmix import draw_boxes, half_area_masks, mix, rasterise, wide_box_masks, xor_box_masks
+from common.augment import IGNORE
+from common.cutmix import (
+    class_masks,
+    draw_boxes,
+    half_area_masks,
+    mix,
+    rasterise,
+    small_box_masks,
+    wide_box_masks,
+    xor_box_masks,
+)
 
 CPU = torch.device("cpu")
 
@@ -63,3 +74,53 @@ def test_mix_takes_each_pixel_from_the_right_image():
     inside, outside = torch.ones(1, 3, 2, 2), torch.zeros(1, 3, 2, 2)
     assert torch.equal(mix(mask, inside, outside), mask[:, None].float().expand(1, 3, 2, 2))
     assert mix(mask, inside[:, 0], outside[:, 0]).tolist() == [[[1, 0], [0, 1]]]
+
+
+def test_half_of_the_images_have_a_small_box_and_views_and_iterations_differ():
+    masks = [small_box_masks(400, 64, seed=1, iteration=0, view=view, device=CPU) for view in (1, 2)]
+    for mask in masks:
+        there = mask.any((1, 2))
+        assert abs(there.double().mean().item() - 0.5) < 3 * 0.5 / 400**0.5
+        area = mask[there].double().mean((1, 2))
+        assert 0.01 < area.min() and area.max() <= 0.4  # of whole pixels
+        height, width = mask[there].any(2).sum(1), mask[there].any(1).sum(1)
+        assert torch.equal(height * width, mask[there].sum((1, 2)))  # a box, nothing else
+        # U(0.3, 1/0.3), but for the fraction of a pixel that either side loses
+        aspect = (height + 1).double() / width
+        assert aspect.min() > 0.3 and (height.double() / (width + 1)).max() < 1 / 0.3
+    assert not torch.equal(*masks)
+    later = small_box_masks(400, 64, seed=1, iteration=1, view=1, device=CPU)
+    assert not torch.equal(masks[0], later)
+
+
+@pytest.mark.parametrize("round_up", [False, True])
+def test_class_masks_choose_half_of_the_classes_whole_and_never_what_is_ignored(round_up: bool):
+    """Images with 1, 2, 3 and 5 classes, and one where everything is ignored."""
+    labels = torch.full((5, 4, 6), IGNORE, dtype=torch.uint8)
+    for image, classes in enumerate(([7], [0, 11], [1, 2, 3], [2, 4, 6, 8, 10])):
+        values = torch.tensor(classes, dtype=torch.uint8)
+        labels[image, 1:] = values.repeat(18)[:18].view(3, 6)
+    expected = [1, 1, 2, 3, 0] if round_up else [0, 1, 1, 2, 0]
+    found = set()
+    for iteration in range(40):
+        mask = class_masks(labels, 12, seed=3, iteration=iteration, round_up=round_up)
+        assert not mask[labels == IGNORE].any()
+        chosen = [x[m].unique().tolist() for x, m in zip(labels, mask)]
+        assert [len(classes) for classes in chosen] == expected
+        for x, m, classes in zip(labels, mask, chosen):  # whole classes, never parts
+            assert torch.equal(m, torch.isin(x, torch.tensor(classes, dtype=torch.uint8)))
+        found |= {tuple(chosen[2])}
+    assert len(found) == 3  # each single class, or each pair, comes in its turn
+
+
+def test_the_new_masks_do_not_depend_on_the_number_of_processes(monkeypatch):
+    labels = torch.randint(0, 12, (8, 6, 6), dtype=torch.uint8)
+    boxes = small_box_masks(8, 32, seed=2, iteration=5, view=1, device=CPU)
+    classes = class_masks(labels, 12, seed=2, iteration=5)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        mine = slice(4 * rank, 4 * rank + 4)
+        part = small_box_masks(4, 32, seed=2, iteration=5, view=1, device=CPU)
+        assert torch.equal(part, boxes[mine])
+        assert torch.equal(class_masks(labels[mine], 12, seed=2, iteration=5), classes[mine])

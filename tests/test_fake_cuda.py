@@ -20,6 +20,7 @@ import mean_teacher
 import stpp
 import supervised
 import u2pl
+import unimatch
 from common import augment
 from common.deeplabv3plus import DeepLabV3Plus
 from common.run import place
@@ -37,6 +38,11 @@ STEPS = [
     (cps, "--soft", 3),
     (mean_teacher, "", 2),
     (mean_teacher, "--cutmix --colour-jitter", 3),
+    (mean_teacher, "--classmix", 3),
+    (mean_teacher, "--classmix labelled", 2),
+    (unimatch, "", 3),
+    (unimatch, "--fixmatch", 3),
+    (unimatch, "--complementary", 3),
     (u2pl, "--warmup-iters 9", 2),
     (u2pl, U2PL, 2),
     (u2pl, f"{U2PL} --cutmix-prob 1 --negatives-as-released", 2),
@@ -53,9 +59,9 @@ OTHER = [
 
 
 def cases() -> list:
-    """All steps at the usual setting, three at others; FAKE_CUDA=all: all steps at all settings."""
+    """All steps at the usual setting, four at others; FAKE_CUDA=all: all steps at all settings."""
     chosen = [(step, USUAL) for step in STEPS]
-    chosen += [(STEPS[index], setting) for index in (2, 5, 8) for setting in OTHER]
+    chosen += [(STEPS[index], setting) for index in (2, 5, 9, 13) for setting in OTHER]
     if os.environ.get("FAKE_CUDA") == "all":
         settings = itertools.product(CLASSES, ("off", "bf16", "fp16"), ("auto", "torch"))
         chosen = list(itertools.product(STEPS, settings))
@@ -89,6 +95,8 @@ def fake_batch(args) -> dict:
     return {
         "image": image,
         "image_strong": image.clone(),
+        "image_strong_1": image.clone(),
+        "image_strong_2": image.clone(),
         "valid_mask": torch.ones(shape, dtype=torch.bool, device=CUDA),
         "target": torch.zeros(shape, dtype=torch.uint8, device=CUDA),
         "name": ["image"] * args.batch_size,
@@ -110,6 +118,8 @@ def networks_of(script, args, classes: int) -> list[nn.Module]:
     with torch.device("meta"):
         if script is u2pl:
             first = u2pl.Network(args, classes).train()
+        elif script is unimatch:
+            first = unimatch.Network.from_settings(args, classes).train()
         else:
             first = DeepLabV3Plus.from_settings(args, classes).train()
         if script is cps:
@@ -136,15 +146,18 @@ def step_of(script, networks: list, batches: list[dict], args, classes: int) -> 
             return cps.train_step(*networks, batch_l, batches_u, iteration, args, background)
         if script in (supervised, stpp):
             return script.train_step(*networks, batch_l, args)
+        if script is unimatch:
+            return unimatch.train_step(*networks, batch_l, *batches_u, iteration, args)
         student, teacher = networks
         if script is mean_teacher:
-            if args.cutmix:
+            kind = mean_teacher.kind(args)
+            if kind != "noise":
                 inputs = (student, teacher, batch_l, batches_u, args.unsup_weight, iteration, args)
-                measured = mean_teacher.cutmix_step(*inputs)
+                measured = getattr(mean_teacher, f"{kind}_step")(*inputs)
             else:
                 inputs = (student, teacher, batch_l, *batches_u, args.unsup_weight, args)
                 measured = mean_teacher.noise_step(*inputs)
-            mean_teacher.ema_update(teacher, student, args.ema_decay, args.cutmix)
+            mean_teacher.ema_update(teacher, student, args.ema_decay, kind != "noise")
             return measured
         if iteration < args.warmup_iters:
             return u2pl.warm_up_step(student, batch_l, args)

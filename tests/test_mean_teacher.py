@@ -10,6 +10,7 @@ from conftest import settings
 import mean_teacher
 from common import datasets
 from common.augment import normalise
+from common.cutmix import class_masks
 from common.data import train_loader
 from common.deeplabv3plus import DeepLabV3Plus
 
@@ -41,21 +42,24 @@ def one_step(*flags: str):
     args = mean_teacher.parse_args(["--crop-size", "32", "-b", "4", *flags])
     data = datasets.load(settings())
     strong = mean_teacher.student_view if args.colour_jitter else None
-    sources = [(data.labelled, 0, None), (data.unlabelled, 1, strong), (data.unlabelled, 2, strong)]
+    sources = [(data.labelled, 0, strong if args.classmix == "labelled" else None)]
+    sources += [(data.unlabelled, 1, strong), (data.unlabelled, 2, strong)]
+    mixes = args.cutmix or args.classmix
     batch_l, *batches_u = (
         next(iter(train_loader(data, items, stream, args, ITERATION, ITERATION + 1, further)))
-        for items, stream, further in sources[: 3 if args.cutmix else 2]
+        for items, stream, further in sources[: 3 if mixes and args.classmix != "labelled" else 2]
     )
     networks = {
-        "teacher": Network(2).requires_grad_(False).train(not args.cutmix),
+        "teacher": Network(2).requires_grad_(False).train(not mixes),
         "student": Network(1),
     }
     before = copy.deepcopy(networks)
     both = networks["student"], networks["teacher"]
     torch.manual_seed(3)
-    if args.cutmix:
+    if mixes:
         inputs = (*both, batch_l, batches_u, args.unsup_weight, ITERATION, args)
-        measured = mean_teacher.cutmix_step(*inputs)
+        step = mean_teacher.classmix_step if args.classmix else mean_teacher.cutmix_step
+        measured = step(*inputs)
     else:
         inputs = (*both, batch_l, *batches_u, args.unsup_weight, args)
         measured = mean_teacher.noise_step(*inputs)
@@ -124,7 +128,9 @@ def test_the_average_by_hand(buffers: bool):
     torch.testing.assert_close(teacher.norm.running_mean, mean)
 
 
-@pytest.mark.parametrize("flags", [("--noise-std", "0"), ("--cutmix",)])
+@pytest.mark.parametrize(
+    "flags", [("--noise-std", "0"), ("--cutmix",), ("--classmix",), ("--classmix", "labelled")]
+)
 def test_a_step_gives_the_student_a_gradient_and_the_teacher_none(flags):
     networks, _, measured, *_ = one_step(*flags)
     assert all(p.grad.abs().max() > 0 for p in networks["student"].conv.parameters())
@@ -132,7 +138,7 @@ def test_a_step_gives_the_student_a_gradient_and_the_teacher_none(flags):
     assert all(math.isfinite(value.item()) for value in measured.values())
 
 
-@pytest.mark.parametrize("flags", [("--noise-std", "0"), ("--cutmix",)])
+@pytest.mark.parametrize("flags", [("--noise-std", "0"), ("--cutmix",), ("--classmix",)])
 def test_the_student_learns_and_the_teacher_follows(flags, begin, train, monkeypatch):
     """After each iteration the teacher is the average of its old self and the stepped student."""
     calls, modes = [], set()
@@ -149,7 +155,8 @@ def test_the_student_learns_and_the_teacher_follows(flags, begin, train, monkeyp
     start = DeepLabV3Plus.from_settings(run.args, run.data.num_classes).state_dict()
     kept = train(mean_teacher, run)
 
-    assert modes == {not run.args.cutmix}
+    mixes = mean_teacher.kind(run.args) != "noise"
+    assert modes == {not mixes}
     assert [decay for *_, decay in calls] == [0, 1 / 2, 0.6]  # min(1 - 1/(t+1), 0.6)
     name, statistics = "classifier.weight", "backbone.stem.0.1.running_mean"
     assert torch.equal(calls[0][0][name], start[name])  # the teacher starts as the student does
@@ -159,7 +166,7 @@ def test_the_student_learns_and_the_teacher_follows(flags, begin, train, monkeyp
         assert not torch.equal(student[name], previous[name])  # the optimiser's step comes first
         torch.testing.assert_close(teacher[name], decay * old[name] + (1 - decay) * student[name])
         mean = decay * old[statistics] + (1 - decay) * student[statistics]
-        if not run.args.cutmix:  # the teacher keeps statistics of its own
+        if not mixes:  # the teacher keeps statistics of its own
             mean = old[statistics]
         torch.testing.assert_close(teacher[statistics], mean)
         previous = student
@@ -194,8 +201,9 @@ def test_published_weights_are_the_presets():
     for data, ramp_up in (("shapes", 0.4), ("voc", 0)):
         args = mean_teacher.parse_args(["--data", data, "--device", "cpu"])
         assert (args.unsup_weight, args.ramp_up) == (100, ramp_up)
-        args = mean_teacher.parse_args(["--cutmix", "--data", data, "--device", "cpu"])
-        assert (args.unsup_weight, args.ramp_up) == (1, 0)
+        for flag, threshold in (("--cutmix", 0.97), ("--classmix", 0.968)):
+            args = mean_teacher.parse_args([flag, "--data", data, "--device", "cpu"])
+            assert (args.unsup_weight, args.ramp_up, args.conf_thresh) == (1, 0, threshold)
 
 
 def test_a_run_ramps_its_weight_up(begin, train, monkeypatch):
@@ -246,3 +254,71 @@ def test_colour_jitter_reaches_the_student_alone():
     mask = mean_teacher.half_area_masks(4, 32, args.seed, ITERATION, CPU)
     u0, u1 = (normalise(batch["image_strong"], batch["valid_mask"]) for batch in (u0, u1))
     torch.testing.assert_close(networks["student"].seen[1][0], torch.where(mask[:, None], u1, u0))
+
+
+def label_and_confidence(network: Network, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """argmax and maximum of its softmax; 255 on padding."""
+    probs = probabilities(network, normalise(batch["image"], batch["valid_mask"]))
+    confidence, label = probs.max(1)
+    return label.masked_fill(~batch["valid_mask"], 255), confidence
+
+
+def test_a_classmix_step_is_the_definition():
+    flags = ("--classmix", "--conf-thresh", "0.12", "--unsup-weight", "5")
+    networks, before, measured, _, (u0, u1), args = one_step(*flags)
+    assert measured["loss"] == measured["loss_sup"] + 5 * measured["loss_unsup"]
+    (label_0, sure_0), (label_1, sure_1) = (
+        label_and_confidence(before["teacher"], batch) for batch in (u0, u1)
+    )
+    mask = class_masks(label_1.to(torch.uint8), 12, args.seed, ITERATION)
+    assert mask.any() and not mask[~u1["valid_mask"]].any()
+    images = [normalise(batch["image"], batch["valid_mask"]) for batch in (u0, u1)]
+    mixed = torch.where(mask[:, None], images[1], images[0])
+    torch.testing.assert_close(networks["student"].seen[1][0], mixed)
+    assert [training for _, training in networks["teacher"].seen] == [False, False]
+
+    target = torch.where(mask, label_1, label_0)
+    valid = target != 255
+    sure = torch.where(mask, sure_1, sure_0)[valid] >= 0.12
+    log_probs = probabilities(before["student"], mixed).log().permute(0, 2, 3, 1)[valid]
+    ce = torch.nn.functional.nll_loss(log_probs, target[valid])
+    assert 0 < sure.double().mean() < 1
+    torch.testing.assert_close(measured["confident"], sure.float().mean())
+    torch.testing.assert_close(measured["loss_unsup"], sure.float().mean() * ce)
+    torch.testing.assert_close(measured["pasted"], mask[valid].float().mean())
+
+
+def test_pasted_true_labels_weigh_one_and_the_rest_the_share_of_confident_pixels():
+    flags = ("--classmix", "labelled", "--conf-thresh", "0.12")
+    networks, before, measured, batch_l, (u0,), args = one_step(*flags)
+    label_0, sure_0 = label_and_confidence(before["teacher"], u0)
+    mask = class_masks(batch_l["target"], 12, args.seed, ITERATION, round_up=True)
+    assert len(networks["teacher"].seen) == 1  # true labels need no teacher
+    assert not mask[batch_l["target"] == 255].any()
+
+    share = (sure_0[u0["valid_mask"]] >= 0.12).float().mean()
+    target = torch.where(mask, batch_l["target"].long(), label_0)
+    valid = target != 255
+    inside, outside = (normalise(batch["image"], batch["valid_mask"]) for batch in (batch_l, u0))
+    mixed = torch.where(mask[:, None], inside, outside)
+    log_probs = probabilities(before["student"], mixed).log().permute(0, 2, 3, 1)[valid]
+    ce = torch.nn.functional.nll_loss(log_probs, target[valid], reduction="none")
+    weight = torch.where(mask[valid], 1.0, share)
+    assert 0 < share < 1
+    torch.testing.assert_close(measured["confident"], share)
+    torch.testing.assert_close(measured["loss_unsup"], (weight * ce).mean())
+
+
+def test_an_image_that_is_mixed_with_itself_is_itself(monkeypatch):
+    """Whatever the mask: labels and images are mixed alike."""
+    _, before, _, batch_l, (u0, _), args = one_step("--classmix")
+    student, teacher = before["student"], before["teacher"].eval()
+    mean_teacher.classmix_step(student, teacher, batch_l, [u0, u0], 1.0, ITERATION, args)
+    shown = student.seen[-1][0]
+    torch.testing.assert_close(shown, normalise(u0["image"], u0["valid_mask"]))
+
+
+@pytest.mark.parametrize("flags", [("--cutmix", "--classmix"), ("--colour-jitter",)])
+def test_flags_that_do_not_go_together_are_refused(flags):
+    with pytest.raises(SystemExit):
+        mean_teacher.parse_args([*flags, "--device", "cpu"])

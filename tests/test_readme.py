@@ -12,6 +12,7 @@ import mean_teacher
 import stpp
 import supervised
 import u2pl
+import unimatch
 from common import compare
 
 PAGES = [
@@ -20,7 +21,7 @@ PAGES = [
     *(ROOT / "common" / folder / "README.md" for folder in ("results", "splits")),
 ]
 SCRIPTS = {
-    Path(script.__file__).name: script for script in (cps, mean_teacher, stpp, supervised, u2pl)
+    Path(script.__file__).name: script for script in (cps, mean_teacher, stpp, supervised, u2pl, unimatch)
 }
 
 

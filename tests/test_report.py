@@ -14,9 +14,10 @@ import mean_teacher
 import stpp
 import supervised
 import u2pl
+import unimatch
 from common import InputError, report
 
-SCRIPTS = (cps, mean_teacher, stpp, supervised, u2pl)
+SCRIPTS = (cps, mean_teacher, stpp, supervised, u2pl, unimatch)
 
 
 def test_a_killed_run_leaves_no_lock_behind_in_its_loader_workers(tmp_path):

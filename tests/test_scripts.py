@@ -196,7 +196,14 @@ def test_cps_trains_on_every_data_set(data: str, split: str, request, tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    ["cps.py", "supervised.py", "mean_teacher.py", "mean_teacher.py --cutmix"],
+    [
+        "cps.py",
+        "supervised.py",
+        "mean_teacher.py",
+        "mean_teacher.py --cutmix",
+        "mean_teacher.py --classmix",
+        "unimatch.py",
+    ],
     ids=lambda command: command,
 )
 def test_killed_and_resumed_ends_with_the_same_weights(command: str, finished, tmp_path):
