@@ -49,7 +49,7 @@ The teacher is the result; the student is reported beside it.
 | x_l, y | images_l, target_l | x_m    | images_m            | L_s    | loss_sup          |
 | u0, u1 | images_u           | m, M   | mask                | L_u    | loss_unsup        |
 | f, p   | student, probs     | p'     | targets (teacher's) | w      | args.unsup_weight |
-| q      | confident          | ŷ_m    | target_m            | w(t)   | weight            |
+| q      | q                  | ŷ_m    | target_m            | w(t)   | weight            |
 
 `confident` is the share of pixels on which the teacher's highest probability reaches the threshold,
 `pasted` the share of pixels inside M.
@@ -93,6 +93,7 @@ Differences from the papers and the released code:
 import argparse
 import copy
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -472,23 +473,72 @@ def cutmix_step(
 
 
 @torch.no_grad()
-def teacher_labels(
-    teacher: nn.Module, batch: dict, size: tuple[int, int], threshold: float
-) -> tuple[Tensor, Tensor, int]:
-    """argmax p' of a batch, where the teacher is confident, and the number of classes.
-
-    Returns:
-        (N,H,W) uint8, 255 on padding; (N,H,W) bool, max p' >= threshold; C.
-    """
-    logits = teacher(normalise(batch["image"], batch["valid_mask"]))
-    found = pseudo_label(logits, size, with_confidence=True)
-    label = found.label.masked_fill(~batch["valid_mask"], IGNORE)
-    return label, found.confidence >= threshold, logits.shape[1]
+def teacher_labels(teacher: nn.Module, batch: dict, threshold: float) -> tuple[Tensor, Tensor]:
+    """argmax p' of a batch, (N,H,W) uint8 with 255 on padding; where max p' >= threshold, bool."""
+    valid_mask = batch["valid_mask"]
+    logits = teacher(normalise(batch["image"], valid_mask))
+    found = pseudo_label(logits, valid_mask.shape[1:], with_confidence=True)
+    return found.label.masked_fill(~valid_mask, IGNORE), found.confidence >= threshold
 
 
 def share(chosen: Tensor, counted: Tensor) -> Tensor:
     """Share of `chosen` among the `counted` pixels (N,H,W) of all processes, a scalar in [0,1]."""
     return add_up((chosen & counted).sum()) / add_up(counted.sum()).clamp_min(1)
+
+
+class Pasted(NamedTuple):
+    """Classes of one batch pasted into another.
+
+    Attributes:
+        images: x_m, (N,3,H,W).
+        target: ŷ_m, (N,H,W) uint8, 255 on padding.
+        mask: M, (N,H,W) bool.
+        confident: q, a scalar.
+    """
+
+    images: Tensor
+    target: Tensor
+    mask: Tensor
+    confident: Tensor
+
+
+def paste_classes(
+    teacher: nn.Module,
+    into: dict,
+    pasted: dict,
+    classes: int,
+    iteration: int,
+    args: argparse.Namespace,
+) -> Pasted:
+    """Step 3 of ClassMix, up to the student.
+
+    Args:
+        teacher: the network that labels.
+        into: u0, a batch of unlabelled images.
+        pasted: u1, or a batch of labelled images.
+        classes: C.
+        iteration: iterations done, for the choice of classes.
+        args: `classmix`, `colour_jitter`, `conf_thresh`, `seed`.
+    """
+    label_0, sure_0 = teacher_labels(teacher, into, args.conf_thresh)
+    from_labelled = args.classmix == "labelled"
+    if from_labelled:
+        label_1 = pasted["target"]
+    else:
+        label_1, sure_1 = teacher_labels(teacher, pasted, args.conf_thresh)
+
+    # M: ⌊K/2⌋ of the classes in label_1, or ⌈K/2⌉
+    mask = class_masks(label_1, classes, args.seed, iteration, round_up=from_labelled)
+
+    # x_m = M·u1 + (1-M)·u0,   ŷ_m = M·ŷ1 + (1-M)·ŷ0
+    view = "image_strong" if args.colour_jitter else "image"
+    inside, outside = (normalise(batch[view], batch["valid_mask"]) for batch in (pasted, into))
+    target = mix(mask, label_1, label_0)
+    if from_labelled:
+        confident = share(sure_0, into["valid_mask"])
+    else:
+        confident = share(mix(mask, sure_1, sure_0), target != IGNORE)
+    return Pasted(mix(mask, inside, outside), target, mask, confident)
 
 
 def classmix_step(
@@ -510,48 +560,33 @@ def classmix_step(
         iteration: iterations done, for the choice of classes.
         args: `classmix`, `colour_jitter`, `conf_thresh`, `ohem`, `seed`.
     """
-    # 1. Labelled images; u0, and what is pasted into it.
+    # 1. Labelled images; u0, and what is pasted into it
     images_l, target_l = normalise(batch_l["image"], batch_l["valid_mask"]), batch_l["target"]
     from_labelled = args.classmix == "labelled"
-    base, pasted = batches_u[0], batch_l if from_labelled else batches_u[1]
-    size = target_l.shape[1:]
+    into, pasted = batches_u[0], batch_l if from_labelled else batches_u[1]
 
     # 2. L_s = CE(f(x_l), y)
-    loss_sup = labelled_loss(student(images_l), target_l, args.ohem)
+    logits_l = student(images_l)
+    loss_sup = labelled_loss(logits_l, target_l, args.ohem)
 
-    # 3. Labels of both, and M: ⌊K/2⌋ of the pasted image's classes, or ⌈K/2⌉
-    label_0, sure_0, classes = teacher_labels(teacher, base, size, args.conf_thresh)
-    if from_labelled:
-        label_1 = target_l
-    else:
-        label_1, sure_1, _ = teacher_labels(teacher, pasted, size, args.conf_thresh)
-    mask = class_masks(label_1, classes, args.seed, iteration, round_up=from_labelled)
-
-    # x_m = M·u1 + (1-M)·u0, and ŷ_m alike
-    view = "image_strong" if args.colour_jitter else "image"
-    inside, outside = (normalise(batch[view], batch["valid_mask"]) for batch in (pasted, base))
-    images_m = mix(mask, inside, outside)
-    target_m = mix(mask, label_1, label_0)
-    valid_mask = target_m != IGNORE
+    # 3. L_u = mean over pixels of weight · CE(f(x_m), ŷ_m); the weight is q, or 1 on true labels
+    classes = logits_l.shape[1]
+    images_m, target_m, mask, q = paste_classes(teacher, into, pasted, classes, iteration, args)
     logits_m = student(images_m)
-
-    # L_u = mean over pixels of weight · CE(f(x_m), ŷ_m); the weight is q, or 1 on true labels
+    valid_mask = target_m != IGNORE
     if from_labelled:
-        confident = share(sure_0, base["valid_mask"])
-        total = cross_entropy(
-            logits_m, target_m, pixel_weight=torch.where(mask, 1.0, confident), reduction="sum"
-        )
+        pixel_weight = torch.where(mask, 1.0, q)
+        total = cross_entropy(logits_m, target_m, pixel_weight=pixel_weight, reduction="sum")
         loss_unsup = global_mean(total, valid_mask.sum())
     else:
-        confident = share(mix(mask, sure_1, sure_0), valid_mask)
-        loss_unsup = confident * mean_cross_entropy(logits_m, target_m)
+        loss_unsup = q * mean_cross_entropy(logits_m, target_m)
 
     # 4. L = L_s + w(t)·L_u
     return {
         "loss": loss_sup + weight * loss_unsup,
         "loss_sup": loss_sup,
         "loss_unsup": loss_unsup,
-        "confident": confident,
+        "confident": q,
         "pasted": share(mask, valid_mask),
     }
 

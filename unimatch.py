@@ -296,21 +296,18 @@ def complementary_masks(features: Tensor) -> Tensor:
     return torch.cat([masks, 2 - masks])[:, :, None, None]
 
 
-def confident_labels(
-    logits: Tensor, size: tuple[int, int], valid_mask: Tensor, threshold: float
-) -> Tensor:
+def confident_labels(logits: Tensor, valid_mask: Tensor, threshold: float) -> Tensor:
     """Steps 2 and 5: the labels of the pixels that the network is sure of; 255 elsewhere.
 
     Args:
         logits: (N,C,h,w).
-        size: (H,W).
         valid_mask: (N,H,W) bool, False on padding.
         threshold: τ.
 
     Returns:
         (N,H,W) uint8.
     """
-    found = pseudo_label(logits.detach(), size, with_confidence=True)
+    found = pseudo_label(logits.detach(), valid_mask.shape[1:], with_confidence=True)
     return found.label.masked_fill((found.confidence < threshold) | ~valid_mask, IGNORE)
 
 
@@ -329,6 +326,32 @@ def consistency_loss(logits: Tensor, target: Tensor, valid_mask: Tensor) -> Tens
     return global_mean(total, valid_mask.sum())
 
 
+def mixed_views(
+    batch: dict, partner: dict, iteration: int, args: argparse.Namespace
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Step 3: x_k = M_k·s_k' + (1-M_k)·s_k for each view k.
+
+    Args:
+        batch: unlabelled images with their strong views.
+        partner: those to be mixed in, with theirs.
+        iteration: iterations done, for the boxes.
+        args: `views`, `seed`.
+
+    Returns:
+        A mask (N,H,W) bool a view; images (N,3,H,W) a view.
+    """
+    valid = batch["valid_mask"]
+    count, size = valid.shape[:2]
+    masks, images = [], []
+    for view in range(1, args.views + 1):
+        mask = small_box_masks(count, size, args.seed, iteration, view, valid.device)
+        strong = normalise(batch[f"image_strong_{view}"], valid)
+        strong_p = normalise(partner[f"image_strong_{view}"], partner["valid_mask"])
+        masks.append(mask)
+        images.append(mix(mask, strong_p, strong))
+    return masks, images
+
+
 def train_step(
     network: nn.Module,
     batch_l: dict,
@@ -342,8 +365,7 @@ def train_step(
     Args:
         network: a `Network`, in train mode before and after.
         batch_l: labelled images.
-        batch_u: unlabelled images with their strong views.
-        partner: other unlabelled images with theirs, to be mixed in.
+        batch_u, partner: unlabelled images with their strong views; those to be mixed in.
         iteration: iterations done, for the boxes.
         args: `views`, `features`, `complementary`, `conf_thresh`, `feature_dropout`, `ohem`,
             `seed`.
@@ -352,35 +374,25 @@ def train_step(
     images_l, target_l = normalise(batch_l["image"], batch_l["valid_mask"]), batch_l["target"]
     valid, valid_p = batch_u["valid_mask"], partner["valid_mask"]
     weak, weak_p = normalise(batch_u["image"], valid), normalise(partner["image"], valid_p)
-    size = target_l.shape[1:]
 
     # 2. ŷ' = argmax p'_w where max p'_w >= τ, else 255, in eval mode
     network.eval()
     with torch.no_grad():
-        pseudo_p = confident_labels(network(weak_p), size, valid_p, args.conf_thresh)
+        pseudo_p = confident_labels(network(weak_p), valid_p, args.conf_thresh)
     network.train()
 
     # 3. x_k = M_k·s_k' + (1-M_k)·s_k
-    masks, mixed = [], []
-    for view in range(1, args.views + 1):
-        mask = small_box_masks(len(weak), size[0], args.seed, iteration, view, weak.device)
-        strong = normalise(batch_u[f"image_strong_{view}"], valid)
-        strong_p = normalise(partner[f"image_strong_{view}"], valid_p)
-        masks.append(mask)
-        mixed.append(mix(mask, strong_p, strong))
+    masks, mixed = mixed_views(batch_u, partner, iteration, args)
 
-    # 4. p_l and p_w in one pass; p_fp from their features with dropped channels; p_1 and p_2.
-    logits_fp = None
-    if args.features:
-        clean, dropped = network(torch.cat([images_l, weak]), dropout=args.feature_dropout)
-        logits_fp = dropped[len(images_l) :]
-    else:
-        clean = network(torch.cat([images_l, weak]))
+    # 4. p_l and p_w in one pass, p_fp from their features with dropped channels; p_1 and p_2
+    dropout = args.feature_dropout if args.features else None
+    clean = network(torch.cat([images_l, weak]), dropout=dropout)
+    clean, dropped = clean if args.features else (clean, None)
     logits_l, logits_w = clean.split([len(images_l), len(weak)])
     logits_s = network(torch.cat(mixed), complementary=args.complementary).chunk(args.views)
 
     # 5. ŷ, and y_k = M_k·ŷ' + (1-M_k)·ŷ
-    pseudo = confident_labels(logits_w, size, valid, args.conf_thresh)
+    pseudo = confident_labels(logits_w, valid, args.conf_thresh)
     targets = [mix(mask, pseudo_p, pseudo) for mask in masks]
     valids = [mix(mask, valid_p, valid) for mask in masks]
 
@@ -391,7 +403,7 @@ def train_step(
     loss_unsup = loss_strong
     if args.features:
         # L_fp = mean CE(p_fp, ŷ)
-        losses["loss_feature"] = consistency_loss(logits_fp, pseudo, valid)
+        losses["loss_feature"] = consistency_loss(dropped[len(images_l) :], pseudo, valid)
         loss_unsup = 0.5 * losses["loss_feature"] + 0.5 * loss_strong
 
     # 7. L = ½·(L_x + ½·L_fp + ½·L_s)

@@ -21,7 +21,8 @@ PAGES = [
     *(ROOT / "common" / folder / "README.md" for folder in ("results", "splits")),
 ]
 SCRIPTS = {
-    Path(script.__file__).name: script for script in (cps, mean_teacher, stpp, supervised, u2pl, unimatch)
+    Path(script.__file__).name: script
+    for script in (cps, mean_teacher, stpp, supervised, u2pl, unimatch)
 }
 
 

@@ -4,8 +4,8 @@ How the figures lie in `tests/released/` and what they are compared to is as in 
 What was run, on a CPU:
 
 - UniMatch and FixMatch: the body of the loop over batches in unimatch.py and fixmatch.py, from the
-  partners' labels to the loss, with `Perturbed` for the network, and `obtain_cutmix_box`. `min_kept`
-  of the OHEM was KEPT times the number of images.
+  partners' labels to the loss, with `Perturbed` for the network, and `obtain_cutmix_box`. The
+  `min_kept` of the OHEM was KEPT times the number of images.
 - ClassMix: the part of the loop in trainSSL.py from the teacher's labels to the loss, with the
   settings of configVOC.json and a teacher in eval mode (difference 6 of mean_teacher.py).
 - DACS: the same part of trainUDA.py with the settings of configUDA.json, but without jitter and
@@ -16,6 +16,7 @@ those of `test_released.py`.
 """
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -53,13 +54,13 @@ def unimatch_inputs() -> tuple[list[dict], list[torch.Tensor], Perturbed]:
 
     Two of the unlabelled images have padding.
     """
-    random = np.random.RandomState(8)
+    draw = np.random.RandomState(8)
 
     def images() -> torch.Tensor:
-        return torch.from_numpy(random.randint(0, 256, (3, 32, 32, 3)).astype(np.uint8))
+        return torch.from_numpy(draw.randint(0, 256, (3, 32, 32, 3)).astype(np.uint8))
 
     valid_mask = torch.ones(3, 32, 32, dtype=torch.bool)
-    target = random.randint(0, 5, (3, 32, 32)).astype(np.uint8)
+    target = draw.randint(0, 5, (3, 32, 32)).astype(np.uint8)
     target[:2, :5] = 255
     labelled = {"image": images(), "valid_mask": valid_mask, "target": torch.from_numpy(target)}
     views = ("image", "image_strong_1", "image_strong_2")
@@ -67,8 +68,8 @@ def unimatch_inputs() -> tuple[list[dict], list[torch.Tensor], Perturbed]:
     for index, batch in enumerate(unlabelled):
         batch["valid_mask"] = valid_mask.clone()
         batch["valid_mask"][index, 20:, :] = False
-    masks = [torch.from_numpy(random.rand(3, 32, 32) < share) for share in (0.4, 0.2)]
-    return [labelled, *unlabelled], masks, Perturbed(random)
+    masks = [torch.from_numpy(draw.rand(3, 32, 32) < share) for share in (0.4, 0.2)]
+    return [labelled, *unlabelled], masks, Perturbed(draw)
 
 
 def small_box_samples(masks: np.ndarray) -> dict[str, np.ndarray]:
@@ -122,11 +123,10 @@ def test_a_step_of_unimatch_has_the_losses_and_gradients_of_the_release(name: st
 
 
 def test_the_small_boxes_have_the_released_law():
-    import random
-
     generator = random.Random(4)
     boxes = torch.tensor([draw_small_box(96, generator) for _ in range(8000)])
-    assert_law(UNIMATCH["law of the boxes"], small_box_samples(rasterise(boxes[:, None], 96).numpy()))
+    masks = rasterise(boxes[:, None], 96).numpy()
+    assert_law(UNIMATCH["law of the boxes"], small_box_samples(masks))
 
 
 @pytest.mark.parametrize(("name", "data"), [("pascal", "voc"), ("cityscapes", "cityscapes")])
