@@ -56,19 +56,20 @@ Differences from the paper and the released code:
    200 000 of a process's two.
 4. The learning rate follows the iteration. In the release it is set after the step, so that the
    first two steps have the same. The last result counts here, the best on the validation images
-   there; a class that is in neither prediction nor target does not count here, and as 0 there.
+   there. A class that is in neither prediction nor target does not count here, and as 0 there; the
+   last sliding windows are flush with the border here, and smaller there.
 5. The network is this project's DeepLabv3+ with a ResNet-50; the release's is a ResNet-101 (on
    Cityscapes ResNet-50, too) whose stem has three 3x3 convolutions. Neither drops features outside
    step 4; on the built-in set dropout is 0.1, as for the other methods.
 6. The blur is torchvision's, 13 pixels wide; the release's is PIL's, which approximates a Gaussian
-   by repeated box filters. Images are antialiased when they are scaled down.
+   by repeated box filters.
 7. --complementary is an experiment after UniMatch V2 (arXiv:2410.10777), which trains a vision
    transformer with an averaged teacher. Instead of dropping features for p_fp, the two strong views
    drop complementary channels: m·features and (2-m)·features, m = 0 or 2, on a random half of the
    images. L = ½·(L_x + L_s). There all features have as many channels and share m; here the two
    kinds have their own.
 
-    python unimatch.py                                       # built-in data, a CPU, two minutes
+    python unimatch.py                                       # built-in data, a CPU, under 2 minutes
     python unimatch.py --fixmatch --data voc --data-dir VOCdevkit --split 183 --amp bf16
 """
 
