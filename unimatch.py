@@ -275,7 +275,8 @@ class Network(DeepLabV3Plus):
         with self.precision(images):
             low, _, high = self.backbone(images)
             if complementary:
-                low, high = (part * complementary_masks(part) for part in (low, high))
+                masks = complementary_masks(len(images) // 2, (low.shape[1], high.shape[1]), low)
+                low, high = low * masks[0], high * masks[1]
             if dropout is not None:
                 low, high = (
                     torch.cat([part, F.dropout2d(part, dropout)]) for part in (low, high)
@@ -284,17 +285,27 @@ class Network(DeepLabV3Plus):
             return logits if dropout is None else logits.chunk(2)
 
 
-def complementary_masks(features: Tensor) -> Tensor:
-    """Factors (2N,D,1,1) of features (2N,D,h,w) of two views: m, then 2 - m.
+def complementary_masks(count: int, channels: tuple[int, ...], like: Tensor) -> list[Tensor]:
+    """Factors for the features of two views of `count` images: m for one, 2 - m for the other.
 
-    m is 0 or 2 with equal chance for each image and channel. A random half of the N images keeps
-    all channels in both views. Source: the released UniMatch V2.
+    m is 0 or 2 with equal chance for each image and channel. A random half of the images keeps all
+    channels, in both views and in all features. Source: the released UniMatch V2.
+
+    Args:
+        count: N.
+        channels: D of each kind of features.
+        like: a tensor whose device and dtype to take.
+
+    Returns:
+        (2N,D,1,1) for each D of `channels`.
     """
-    count, channels = len(features) // 2, features.shape[1]
-    masks = 2.0 * torch.randint(2, (count, channels), device=features.device)
-    whole = torch.rand(count, device=features.device).argsort() < count // 2
-    masks = torch.where(whole[:, None], 1.0, masks).to(features.dtype)
-    return torch.cat([masks, 2 - masks])[:, :, None, None]
+    whole = torch.rand(count, device=like.device).argsort() < count // 2
+    masks = []
+    for width in channels:
+        first = 2.0 * torch.randint(2, (count, width), device=like.device)
+        first = torch.where(whole[:, None], 1.0, first).to(like.dtype)
+        masks.append(torch.cat([first, 2 - first])[:, :, None, None])
+    return masks
 
 
 def confident_labels(logits: Tensor, valid_mask: Tensor, threshold: float) -> Tensor:
@@ -386,9 +397,11 @@ def train_step(
     masks, mixed = mixed_views(batch_u, partner, iteration, args)
 
     # 4. p_l and p_w in one pass, p_fp from their features with dropped channels; p_1 and p_2
-    dropout = args.feature_dropout if args.features else None
-    clean = network(torch.cat([images_l, weak]), dropout=dropout)
-    clean, dropped = clean if args.features else (clean, None)
+    both = torch.cat([images_l, weak])
+    if args.features:
+        clean, dropped = network(both, dropout=args.feature_dropout)
+    else:
+        clean = network(both)
     logits_l, logits_w = clean.split([len(images_l), len(weak)])
     logits_s = network(torch.cat(mixed), complementary=args.complementary).chunk(args.views)
 

@@ -134,15 +134,18 @@ def test_without_dropping_both_logits_are_alike_and_with_it_the_clean_ones_stay(
 
 def test_complementary_masks_add_up_and_leave_half_of_the_images_whole():
     torch.manual_seed(0)
-    masks = unimatch.complementary_masks(torch.zeros(12, 500, 2, 2))
-    assert masks.shape == (12, 500, 1, 1)
-    first, second = masks[:6, :, 0, 0], masks[6:, :, 0, 0]
-    assert torch.equal(first + second, torch.full((6, 500), 2.0))
-    whole = (first == 1).all(1)
-    assert whole.sum() == 3
-    dropped = first[~whole]
-    assert set(dropped.unique().tolist()) == {0, 2}
-    assert abs((dropped == 0).double().mean().item() - 0.5) < 4 * 0.5 / 1500**0.5
+    few, many = unimatch.complementary_masks(6, (300, 500), torch.zeros(1))
+    assert few.shape == (12, 300, 1, 1) and many.shape == (12, 500, 1, 1)
+    whole = []
+    for masks in (few, many):
+        first, second = masks[:6, :, 0, 0], masks[6:, :, 0, 0]
+        assert (first + second == 2).all()
+        whole.append((first == 1).all(1))
+        dropped = first[~whole[-1]]
+        assert set(dropped.unique().tolist()) == {0, 2}
+        error = 0.5 / dropped.numel() ** 0.5
+        assert abs((dropped == 0).double().mean().item() - 0.5) < 4 * error
+    assert whole[0].sum() == 3 and torch.equal(*whole)
 
 
 # ------------------------------------------------------------------------------ views and partners
