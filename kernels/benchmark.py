@@ -234,6 +234,21 @@ def label_op(inputs: Inputs, gates: dict[str, float]) -> Op:
     )
 
 
+def threshold_op(inputs: Inputs, gates: dict[str, float]) -> Op:
+    """Labels of the valid pixels whose confidence reaches a threshold, and their number."""
+    shape, logits = inputs.shape, inputs.logits
+    options = {"threshold": 0.8, "valid_mask": inputs.target != 255}
+    return Op(
+        providers(
+            usual_pseudo_label, pseudo_label, logits, inputs.size, impl=inputs.impl, **options
+        ),
+        least_bytes=logits.nbytes + 2 * shape.pixels,
+        exponentials=shape.pixels * shape.c,
+        gate_us=None,
+        tolerance=1e-3,
+    )
+
+
 def percentile_op(inputs: Inputs, gates: dict[str, float]) -> Op:
     """Six percentiles of the entropy."""
     maps = (inputs.found.entropy, inputs.target != 255, PERCENTILES)
@@ -248,7 +263,7 @@ def percentile_op(inputs: Inputs, gates: dict[str, float]) -> Op:
 
 def drop_op(inputs: Inputs, gates: dict[str, float]) -> Op:
     """U2PL's mask of the pixels whose entropy is among the highest fifth."""
-    label, _, entropy = inputs.found
+    label, entropy = inputs.found.label, inputs.found.entropy
     valid = inputs.target != 255
     threshold = masked_percentile(entropy, valid, 80.0, impl=inputs.impl).reshape(())
     return Op(
@@ -293,6 +308,7 @@ OPERATIONS = {
     "cross_entropy": cross_entropy_op,
     "pseudo_label": pseudo_label_op,
     "label alone": label_op,
+    "thresholded label": threshold_op,
     "percentile": percentile_op,
     "drop_unreliable": drop_op,
     "memory_contrast": contrast_op,

@@ -30,15 +30,25 @@ def usual_pseudo_label(
     *,
     with_confidence: bool = False,
     with_entropy: bool = False,
+    threshold: float | None = None,
+    valid_mask: Tensor | None = None,
 ) -> PseudoLabel:
-    """Interpolate to full resolution, then softmax, max and entropy."""
+    """Interpolate to full resolution, then softmax, max, threshold and entropy."""
     full = F.interpolate(logits.detach().float(), size, mode="bilinear", align_corners=True)
-    if not with_confidence and not with_entropy:
+    if not with_confidence and not with_entropy and threshold is None:
         return PseudoLabel(full.argmax(1).to(torch.uint8), None, None)
     probs = full.softmax(1)
     confidence, label = probs.max(1)
-    entropy = -(probs * probs.clamp_min(1e-12).log()).sum(1)
-    return PseudoLabel(label.to(torch.uint8), confidence, entropy)
+    label, kept = label.to(torch.uint8), None
+    if threshold is not None:
+        keep = confidence >= threshold
+        if valid_mask is not None:
+            keep = keep & valid_mask
+        label, kept = label.masked_fill(~keep, 255), keep.sum()
+    entropy = None
+    if with_entropy:
+        entropy = -(probs * probs.clamp_min(1e-12).log()).sum(1)
+    return PseudoLabel(label, confidence if with_confidence else None, entropy, kept)
 
 
 def usual_contrast(

@@ -138,6 +138,12 @@ def test_pseudo_label_launches_a_copy_and_one_kernel(kernels_that_do_not_run):
     assert found == ["copy_", "pseudo_label_kernel"]
 
 
+def test_thresholded_labels_take_one_more_launch_for_their_number(kernels_that_do_not_run):
+    x, size, valid = logits(), (OUTPUTS, OUTPUTS), labels() == 0
+    found = launches(lambda: pseudo_label(x, size, threshold=0.9, valid_mask=valid))
+    assert found == ["copy_", "pseudo_label_kernel", "sum"]
+
+
 @pytest.mark.parametrize("queries", [[20.0], [20.0, 80.0], [5.0, 20.0, 40.0, 60.0, 80.0, 95.0]])
 def test_percentile_launches_the_same_few_kernels_for_one_query_and_for_six(
     queries, kernels_that_do_not_run
@@ -273,7 +279,8 @@ def test_the_references_neither_wait_for_the_gpu_nor_mix_it_with_the_host():
             *cross_entropy_reference(x, target, weight, None, 255, True, True),
             *cross_entropy_reference(x, target[:, :9, :9], None, None, 255, True, True),
             cross_entropy_map_reference(x, target, weight, None, 255, True),
-            *pseudo_label_reference(x, (33, 33), True, True, True),
+            *pseudo_label_reference(x, (33, 33), True, True, True, None, None),
+            *pseudo_label_reference(x, (33, 33), True, False, False, 0.5, target != 255),
             masked_percentile_reference(entropy, target != 255, queries),
             masked_percentile_reference(entropy[:0], target[:0] != 255, queries),
             *drop_unreliable_reference(target, entropy, queries[0], 255),

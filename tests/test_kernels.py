@@ -252,7 +252,8 @@ def test_bitwise_repeatable_and_inputs_untouched(size, where):
         variable = logits.requires_grad_()
         loss = cross_entropy(variable, target, impl=impl)
         (gradient,) = torch.autograd.grad(loss, variable)
-        labels = pseudo_label(variable, size, with_confidence=True, with_entropy=True, impl=impl)
+        maps = {"with_confidence": True, "with_entropy": True, "threshold": 0.5}
+        labels = pseudo_label(variable, size, **maps, impl=impl)
         results.append([loss.detach(), gradient, *labels])
         assert torch.equal(variable, before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -337,6 +338,41 @@ def test_pseudo_label_of_ties_and_certainty(where):
     alone = pseudo_label(certain, with_entropy=True, impl=impl)
     assert alone.entropy.item() == 0 and alone.label.item() == 1
     assert pseudo_label(certain, impl=impl).entropy is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape, size, align_corners", [CASES[i] for i in (0, 1, 6, 12, 13)])
+def test_labels_below_a_threshold_are_dropped(shape, size, align_corners, dtype, where):
+    """Exactly those whose confidence, as another call returns it, is below."""
+    impl, device = where
+    logits, target = example(shape, size, device, dtype)
+    options = {"align_corners": align_corners, "impl": impl}
+    plain = pseudo_label(logits, size, with_confidence=True, **options)
+    valid = target != 255
+    # A number that some pixel has: it stays.
+    threshold = plain.confidence.flatten().sort().values[plain.confidence.numel() // 2].item()
+    for mask in (None, valid):
+        found = pseudo_label(logits, size, threshold=threshold, valid_mask=mask, **options)
+        keep = plain.confidence >= threshold
+        if mask is not None:
+            keep &= mask
+        assert torch.equal(found.label, plain.label.masked_fill(~keep, 255))
+        assert found.kept.dtype == torch.int64 and found.kept.item() == keep.sum().item() > 0
+        assert found.confidence is None and found.entropy is None
+    everything = pseudo_label(logits, size, threshold=0, valid_mask=valid, **options)
+    assert torch.equal(everything.label, plain.label.masked_fill(~valid, 255))
+    assert everything.kept.item() == valid.sum().item() and plain.kept is None
+
+
+def test_a_threshold_that_float32_rounds(where):
+    """0.7 and 0.3 are not float32 numbers: the threshold is rounded as the confidence is."""
+    impl, device = where
+    logits = torch.tensor([0.7, 0.3], device=device).log().view(1, 2, 1, 1)
+    plain = pseudo_label(logits, with_confidence=True, impl=impl)
+    for threshold in (0.7, 0.69999999, 0.70000001, plain.confidence.item(), 0.7000002):
+        found = pseudo_label(logits, threshold=threshold, impl=impl)
+        dropped = (plain.confidence < threshold).item()
+        assert (found.label.item() == 255) == dropped and found.kept.item() == 1 - dropped
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "tiny", "constant", "wide"])
@@ -524,7 +560,9 @@ def test_opcheck(where):
     torch.library.opcheck(
         ops.cross_entropy_map.default, (logits, target, None, None, 255, True, impl)
     )
-    torch.library.opcheck(ops.pseudo_label.default, (logits, 9, 17, True, True, False, impl))
+    valid = target != 255
+    for maps in ((True, False, None, None), (False, False, 0.5, valid)):
+        torch.library.opcheck(ops.pseudo_label.default, (logits, 9, 17, True, *maps, impl))
     torch.library.opcheck(ops.masked_percentile.default, (entropy, entropy > 0.2, numbers, impl))
     torch.library.opcheck(
         ops.drop_unreliable.default, (target, entropy, torch.tensor(0.5, device=device), 255, impl)
@@ -635,6 +673,15 @@ def test_what_the_operations_refuse(monkeypatch):
         pseudo_label(torch.zeros(1, 255, 2, 2))
     with pytest.raises(ValueError, match="size"):
         pseudo_label(logits, (0, 9))
+    valid = target != 255
+    for options, message in (
+        ({"threshold": 1.5}, "in \\[0,1\\]"),
+        ({"valid_mask": valid}, "needs a threshold"),
+        ({"threshold": 0.5, "valid_mask": valid[:1]}, "valid_mask must be"),
+        ({"threshold": 0.5, "valid_mask": target}, "valid_mask must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pseudo_label(logits, (17, 25), **options)
     inputs, _, _ = contrast_example(2, 3, 8, 4, torch.float32, "cpu")
     with pytest.raises(ValueError, match="do not fit"):
         memory_contrast(*inputs[:3], inputs[3][..., 0], inputs[4])
@@ -806,6 +853,7 @@ def test_the_benchmark_checks_and_times_every_operation(tmp_path):
             "cross_entropy",
             "pseudo_label",
             "label alone",
+            "thresholded label",
             "percentile",
             "drop_unreliable",
             "memory_contrast",
