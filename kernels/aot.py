@@ -469,7 +469,7 @@ def main() -> None:
         "bound: of a launch on an H200, an estimate"
     )
     if cuda:
-        head = f"{'call':34}{'kernel':16}{'registers':>10}{'spilled':>9}{'stack':>7}{'shared':>8}"
+        head = f"{'call':34}{'kernel':20}{'registers':>10}{'spilled':>9}{'stack':>7}{'shared':>8}"
         print(head + f"{'instructions':>14}{'bound (us)':>12}  by")
     seen = []
     for use in uses(DTYPES[args.dtype], SHAPES if cuda else SHAPES[:1]):
@@ -477,7 +477,7 @@ def main() -> None:
             if any(launch.compiled is other for other in seen):
                 continue
             seen.append(launch.compiled)
-            print(f"{use.name:34}{kernel:16}" + (row(launch, target) if cuda else "compiles"))
+            print(f"{use.name:34}{kernel:20}" + (row(launch, target) if cuda else "compiles"))
 
 
 def row(launch: Launch, target: str) -> str:
