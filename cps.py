@@ -67,6 +67,7 @@ Differences from the paper and the released code:
 """
 
 import argparse
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -74,12 +75,12 @@ from torch import Tensor, nn
 from common import cli, runtime
 from common.augment import IGNORE, normalise
 from common.cutmix import mix, xor_box_masks
-from common.deeplabv3plus import DeepLabV3Plus, full_softmax
+from common.deeplabv3plus import DeepLabV3Plus
 from common.distributed import global_mean
 from common.evaluate import evaluate
 from common.losses import labelled_loss, mean_cross_entropy
 from common.run import Run, sgd
-from kernels import pseudo_label
+from kernels import pseudo_label, soft_consistency
 
 # All settings of a data set; a flag of the same name, where there is one, replaces it.
 # Unless a comment says otherwise, those of voc and
@@ -202,34 +203,52 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # --------------------------------------------------------------------------------------- the method
 
 
-def cps_loss(logits: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:
+class Pseudo(NamedTuple):
+    """What one network teaches the other: its labels, and for CPC the logits that they come from.
+
+    Attributes:
+        label: (N,H,W) uint8, ŷ.
+        logits: (N,C,h,w), without gradient; with CutMix those of u0.
+        mask: (N,H,W) bool, m: where a pixel is one of u1; None without CutMix.
+        inside: (N,C,h,w), the logits of u1; None without CutMix.
+    """
+
+    label: Tensor
+    logits: Tensor
+    mask: Tensor | None = None
+    inside: Tensor | None = None
+
+
+def cps_loss(logits: Tensor, pseudo: Pseudo, valid_mask: Tensor) -> Tensor:
     """One direction of L_cps: mean over the valid pixels of CE(p1, ŷ2).
 
     Args:
         logits: (N,C,h,w) of the network that learns.
-        target: (N,H,W) labels of the other network.
+        pseudo: of the other network.
         valid_mask: (N,H,W) bool, False on padding.
 
     Returns:
         A scalar. Source: section 3, arXiv:2106.01226.
     """
-    return mean_cross_entropy(logits, target.masked_fill(~valid_mask, IGNORE))
+    return mean_cross_entropy(logits, pseudo.label.masked_fill(~valid_mask, IGNORE))
 
 
-def cpc_loss(logits: Tensor, probs: Tensor, valid_mask: Tensor) -> Tensor:
+def cpc_loss(logits: Tensor, pseudo: Pseudo, valid_mask: Tensor) -> Tensor:
     """One direction of CPC, L_cps with --soft: mean over the valid pixels of sum_c (p1 - p2)².
+
+    With CutMix p2 = m·p2(u1) + (1-m)·p2(u0).
 
     Args:
         logits: (N,C,h,w) of the network that learns.
-        probs: (N,C,H,W) of the other network.
+        pseudo: of the other network.
         valid_mask: (N,H,W) bool, False on padding.
 
     Returns:
         A scalar. Source: cross probability consistency, arXiv:2106.01226.
     """
-    # |p1 - p2|² of each pixel, (N,H,W)
-    distance = (full_softmax(logits, probs.shape[2:]) - probs).square().sum(1)
-    return global_mean((distance * valid_mask).sum(), valid_mask.sum())
+    mixed = {"mask": pseudo.mask, "second": pseudo.inside}
+    found = soft_consistency(logits, pseudo.logits, valid_mask, mode="squared", **mixed)
+    return global_mean(found.loss, found.count)
 
 
 def overlap(label_1: Tensor, label_2: Tensor, valid_mask: Tensor, background: int | None) -> Tensor:
@@ -250,26 +269,17 @@ def overlap(label_1: Tensor, label_2: Tensor, valid_mask: Tensor, background: in
 
 
 @torch.no_grad()
-def targets(logits: Tensor, size: tuple[int, int], soft: bool) -> Tensor:
-    """What one network teaches the other: labels (N,H,W) uint8, or in CPC probabilities (N,C,H,W).
-
-    Args:
-        logits: (N,C,h,w).
-        size: (H,W).
-        soft: probabilities (CPC).
-    """
-    return full_softmax(logits, size) if soft else pseudo_label(logits, size).label
+def pseudo_of(logits: Tensor, size: tuple[int, int]) -> Pseudo:
+    """ŷ_k = argmax f_k, at `size` = (H,W), of logits (N,C,h,w)."""
+    return Pseudo(pseudo_label(logits, size).label, logits.detach())
 
 
 @torch.no_grad()
-def mixed_targets(
-    network: nn.Module, images_0: Tensor, images_1: Tensor, mask: Tensor, soft: bool
-) -> Tensor:
+def mixed_pseudo(network: nn.Module, images_0: Tensor, images_1: Tensor, mask: Tensor) -> Pseudo:
     """Step 4: ŷ_k = m·argmax f_k(u1) + (1-m)·argmax f_k(u0), from the unmixed images (N,3,H,W)."""
     size = images_0.shape[2:]
-    outside = targets(network(images_0), size, soft)
-    inside = targets(network(images_1), size, soft)
-    return mix(mask, inside, outside)
+    outside, inside = (pseudo_of(network(images), size) for images in (images_0, images_1))
+    return Pseudo(mix(mask, inside.label, outside.label), outside.logits, mask, inside.logits)
 
 
 def train_step(
@@ -307,17 +317,17 @@ def train_step(
         valid_mask = mix(mask, batches_u[1]["valid_mask"], batches_u[0]["valid_mask"])
 
         # 4. Each forward pass has its own batch statistics, as released.
-        pseudo_1 = mixed_targets(f1, *images_u, mask, args.soft)
-        pseudo_2 = mixed_targets(f2, *images_u, mask, args.soft)
+        pseudo_1 = mixed_pseudo(f1, *images_u, mask)
+        pseudo_2 = mixed_pseudo(f2, *images_u, mask)
         logits_1, logits_2 = f1(images_m), f2(images_m)
     else:
         # 3., 4. Labelled and unlabelled images, with labels from this very forward pass.
         logits_1 = torch.cat([logits_l1, f1(images_u[0])])
         logits_2 = torch.cat([logits_l2, f2(images_u[0])])
         valid_mask = torch.cat([batch_l["valid_mask"], batches_u[0]["valid_mask"]])
-        pseudo_1, pseudo_2 = (targets(z, size, args.soft) for z in (logits_1, logits_2))
+        pseudo_1, pseudo_2 = (pseudo_of(z, size) for z in (logits_1, logits_2))
 
-    # 5. L_cps = CE(f1(x_m), ŷ2) + CE(f2(x_m), ŷ1)
+    # 5. L_cps = CE(f1(x_m), ŷ2) + CE(f2(x_m), ŷ1); CPC: |p1 - p2|², likewise
     one_direction = cpc_loss if args.soft else cps_loss
     loss_unsup_1 = one_direction(logits_1, pseudo_2, valid_mask)
     loss_unsup = loss_unsup_1 + one_direction(logits_2, pseudo_1, valid_mask)
@@ -325,12 +335,11 @@ def train_step(
     # 6. L = L_s + λ·L_cps
     loss = loss_sup + args.cps_weight * loss_unsup
 
-    label_1, label_2 = (part.argmax(1) if args.soft else part for part in (pseudo_1, pseudo_2))
     return {
         "loss": loss,
         "loss_sup": loss_sup,
         "loss_unsup": loss_unsup,
-        "overlap": overlap(label_1, label_2, valid_mask, background),
+        "overlap": overlap(pseudo_1.label, pseudo_2.label, valid_mask, background),
     }
 
 

@@ -48,8 +48,11 @@ The teacher is the result; the student is reported beside it.
 |--------|--------------------|--------|---------------------|--------|-------------------|
 | x_l, y | images_l, target_l | x_m    | images_m            | L_s    | loss_sup          |
 | u0, u1 | images_u           | m, M   | mask                | L_u    | loss_unsup        |
-| f, p   | student, probs     | p'     | targets (teacher's) | w      | args.unsup_weight |
+| f      | student            | f'     | teacher             | w      | args.unsup_weight |
 | q      | q                  | ŷ_m    | target_m            | w(t)   | weight            |
+
+The probabilities p and p' have no variable: `soft_consistency` makes them of the student's `logits`
+and the teacher's `targets`, which are logits, too, at the resolution of the head.
 
 `confident` is the share of pixels on which the teacher's highest probability reaches the threshold,
 `pasted` the share of pixels inside M.
@@ -103,12 +106,12 @@ from common import cli, runtime
 from common.augment import IGNORE, normalise
 from common.cutmix import class_masks, half_area_masks, mix
 from common.datasets import Item
-from common.deeplabv3plus import DeepLabV3Plus, full_softmax
+from common.deeplabv3plus import DeepLabV3Plus
 from common.distributed import add_up, global_mean
 from common.evaluate import Scores, evaluate
 from common.losses import labelled_loss, mean_cross_entropy
 from common.run import Run, sgd
-from kernels import cross_entropy, pseudo_label
+from kernels import cross_entropy, pseudo_label, soft_consistency
 
 # All settings of a data set; a flag of the same name, where there is one, replaces it. The
 # schedules are those of cps.py: on voc, its authors released Mean Teacher with the same
@@ -321,22 +324,33 @@ def add_noise(images: Tensor, valid_mask: Tensor, std: float) -> Tensor:
     return images + std * torch.randn_like(images) * valid_mask[:, None]
 
 
-def squared_distance(probs: Tensor, targets: Tensor, valid_mask: Tensor) -> Tensor:
-    """Mean over the valid pixels of all processes of sum_c (p - p')², a scalar.
+def squared_distance(
+    logits: Tensor,
+    targets: Tensor,
+    valid_mask: Tensor,
+    threshold: float,
+    *,
+    mask: Tensor | None = None,
+    second: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mean of sum_c (p - p')², and the share of pixels on which the teacher is confident.
+
+    p and p' are the softmax of `logits` and `targets`, interpolated to the size of `valid_mask`.
 
     Args:
-        probs: (N,C,H,W) of the student, which the gradient goes to.
-        targets: (N,C,H,W) of the teacher, without gradient.
+        logits: (N,C,h,w) of the student, which the gradient goes to.
+        targets: (N,C,h,w) logits of the teacher, without gradient.
         valid_mask: (N,H,W) bool, False on padding.
+        threshold: of max p', from which a pixel is confident.
+        mask, second: where `mask` (N,H,W) is True, p' comes from `second` (N,C,h,w) instead.
+
+    Returns:
+        Two scalars, both over the valid pixels of all processes.
     """
-    distance = (probs - targets).square().sum(1)  # (N,H,W)
-    return global_mean((distance * valid_mask).sum(), valid_mask.sum())
-
-
-def confident_share(targets: Tensor, valid_mask: Tensor, threshold: float) -> Tensor:
-    """Share of the valid pixels of all processes with max p' >= threshold, a scalar in [0,1]."""
-    confident = (targets.amax(1) >= threshold) & valid_mask
-    return add_up(confident.sum()) / add_up(valid_mask.sum()).clamp_min(1)
+    options = {"mask": mask, "second": second, "threshold": threshold}
+    found = soft_consistency(logits, targets, valid_mask, mode="squared", **options)
+    confident = add_up(found.confident) / add_up(found.count).clamp_min(1)
+    return global_mean(found.loss, found.count), confident
 
 
 @torch.no_grad()
@@ -391,29 +405,27 @@ def noise_step(
         for batch in (batch_l, batch_u)
     ]  # (N,3,H,W) and (N,H,W) each
     target_l = batch_l["target"]
-    size = target_l.shape[1:]
 
     # 3. The same crops under different noise, in forward passes of their own: x+η, x+η'
     logits_l, logits_u = (student(add_noise(*part, args.noise_std)) for part in parts)
     with torch.no_grad():
-        targets = torch.cat(
-            [full_softmax(teacher(add_noise(*part, args.noise_std)), size) for part in parts]
-        )  # p', (2N,C,H,W)
-    probs = torch.cat([full_softmax(logits, size) for logits in (logits_l, logits_u)])
+        targets = torch.cat([teacher(add_noise(*part, args.noise_std)) for part in parts])
+    logits = torch.cat([logits_l, logits_u])  # (2N,C,h,w), as the targets
     valid_mask = torch.cat([mask for _, mask in parts])
 
     # 2. L_s = CE(f(x_l + η), y)
     loss_sup = labelled_loss(logits_l, target_l, args.ohem)
 
     # 3. L_u = mean over pixels and classes of (p - p')²
-    loss_unsup = squared_distance(probs, targets, valid_mask) / probs.shape[1]
+    distance, confident = squared_distance(logits, targets, valid_mask, args.conf_thresh)
+    loss_unsup = distance / logits.shape[1]
 
     # 4. L = L_s + w(t)·L_u
     return {
         "loss": loss_sup + weight * loss_unsup,
         "loss_sup": loss_sup,
         "loss_unsup": loss_unsup,
-        "confident": confident_share(targets, valid_mask, args.conf_thresh),
+        "confident": confident,
     }
 
 
@@ -439,29 +451,29 @@ def cutmix_step(
     # 1. Labelled images, and two independent batches of unlabelled ones: u0, u1
     images_l, target_l = normalise(batch_l["image"], batch_l["valid_mask"]), batch_l["target"]
     images_u = [normalise(batch["image"], batch["valid_mask"]) for batch in batches_u]
-    size = target_l.shape[1:]
 
     # 2. L_s = CE(f(x_l), y)
     logits_l = student(images_l)
     loss_sup = labelled_loss(logits_l, target_l, args.ohem)
 
     # 3. One box an image, (N,H,W) bool; x_m = m·u1 + (1-m)·u0
-    mask = half_area_masks(len(target_l), size[0], args.seed, iteration, target_l.device)
+    mask = half_area_masks(len(target_l), target_l.shape[1], args.seed, iteration, target_l.device)
     seen = images_u
     if args.colour_jitter:
         seen = [normalise(batch["image_strong"], batch["valid_mask"]) for batch in batches_u]
     images_m = mix(mask, seen[1], seen[0])
     valid_mask = mix(mask, batches_u[1]["valid_mask"], batches_u[0]["valid_mask"])
 
-    # p'_m = m·p'(u1) + (1-m)·p'(u0): the teacher sees the unmixed images
+    # The teacher sees the unmixed images; (N,C,h,w)
     with torch.no_grad():
-        inside, outside = (full_softmax(teacher(images_u[index]), size) for index in (1, 0))
-        targets = mix(mask, inside, outside)  # (N,C,H,W)
-    probs = full_softmax(student(images_m), size)
+        inside, outside = (teacher(images_u[index]) for index in (1, 0))
 
+    # p'_m = m·p'(u1) + (1-m)·p'(u0)
     # L_u = share(max p'_m >= threshold) · mean over pixels of sum_c (p(x_m) - p'_m)²
-    confident = confident_share(targets, valid_mask, args.conf_thresh)
-    loss_unsup = squared_distance(probs, targets, valid_mask) * confident
+    distance, confident = squared_distance(
+        student(images_m), outside, valid_mask, args.conf_thresh, mask=mask, second=inside
+    )
+    loss_unsup = distance * confident
 
     # 4. L = L_s + w(t)·L_u
     return {

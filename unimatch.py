@@ -308,8 +308,10 @@ def complementary_masks(count: int, channels: tuple[int, ...], like: Tensor) -> 
     return masks
 
 
-def confident_labels(logits: Tensor, valid_mask: Tensor, threshold: float) -> Tensor:
-    """Steps 2 and 5: the labels of the pixels that the network is sure of; 255 elsewhere.
+def confident_labels(
+    logits: Tensor, valid_mask: Tensor, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """Steps 2 and 5: argmax p where max p >= τ, else 255; 255 on padding, too.
 
     Args:
         logits: (N,C,h,w).
@@ -317,10 +319,11 @@ def confident_labels(logits: Tensor, valid_mask: Tensor, threshold: float) -> Te
         threshold: τ.
 
     Returns:
-        (N,H,W) uint8.
+        (N,H,W) uint8; and how many labels are kept, an integer scalar.
     """
-    found = pseudo_label(logits.detach(), valid_mask.shape[1:], with_confidence=True)
-    return found.label.masked_fill((found.confidence < threshold) | ~valid_mask, IGNORE)
+    size = valid_mask.shape[1:]
+    found = pseudo_label(logits, size, threshold=threshold, valid_mask=valid_mask)
+    return found.label, found.kept
 
 
 def consistency_loss(logits: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:
@@ -390,7 +393,7 @@ def train_step(
     # 2. ŷ' = argmax p'_w where max p'_w >= τ, else 255, in eval mode
     network.eval()
     with torch.no_grad():
-        pseudo_p = confident_labels(network(weak_p), valid_p, args.conf_thresh)
+        pseudo_p, _ = confident_labels(network(weak_p), valid_p, args.conf_thresh)
     network.train()
 
     # 3. x_k = M_k·s_k' + (1-M_k)·s_k
@@ -406,7 +409,7 @@ def train_step(
     logits_s = network(torch.cat(mixed), complementary=args.complementary).chunk(args.views)
 
     # 5. ŷ, and y_k = M_k·ŷ' + (1-M_k)·ŷ
-    pseudo = confident_labels(logits_w, valid, args.conf_thresh)
+    pseudo, kept = confident_labels(logits_w, valid, args.conf_thresh)
     targets = [mix(mask, pseudo_p, pseudo) for mask in masks]
     valids = [mix(mask, valid_p, valid) for mask in masks]
 
@@ -422,7 +425,7 @@ def train_step(
 
     # 7. L = ½·(L_x + ½·L_fp + ½·L_s)
     loss = 0.5 * (loss_sup + loss_unsup)
-    confident = add_up((pseudo != IGNORE).sum()) / add_up(valid.sum()).clamp_min(1)
+    confident = add_up(kept) / add_up(valid.sum()).clamp_min(1)
     return {"loss": loss, **losses, "confident": confident}
 
 

@@ -1,6 +1,6 @@
 """Time a whole training step with the kernels, and the usual way in their place.
 
-    python -m common.step cps|u2pl [--device cpu]
+    python -m common.step cps|mean_teacher|cutmix_seg|u2pl [--device cpu]
 
 Both ways train the same networks on the same random batch. The usual way interpolates the logits to
 full resolution and calls PyTorch's own functions there (`kernels/usual.py`).
@@ -24,12 +24,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cps
+import mean_teacher
 import u2pl
 from common import losses
 from common.deeplabv3plus import DeepLabV3Plus
 from common.run import place
 from kernels.timing import peak_cpu, time_cpu, time_gpu
-from kernels.usual import usual_cross_entropy, usual_drop, usual_percentile, usual_pseudo_label
+from kernels.usual import (
+    usual_cross_entropy,
+    usual_drop,
+    usual_percentile,
+    usual_pseudo_label,
+    usual_soft_consistency,
+)
 
 CLASSES = 21  # of VOC
 LEARNING_RATE = 1e-3  # small: random labels are not to be learned
@@ -39,6 +46,10 @@ MILLISECONDS, REPEATS = 5000, 5  # for how long a GPU, and how often a CPU, repe
 USUAL = {
     "cps": [
         (cps, "pseudo_label", usual_pseudo_label),
+        (losses, "cross_entropy", usual_cross_entropy),
+    ],
+    "mean_teacher": [
+        (mean_teacher, "soft_consistency", usual_soft_consistency),
         (losses, "cross_entropy", usual_cross_entropy),
     ],
     "u2pl": [
@@ -74,6 +85,10 @@ def settings(method: str, device: torch.device) -> argparse.Namespace:
     flags += ["--device", device.type, "--amp", "bf16" if cuda else "off"]
     if method == "cps":
         return cps.parse_args(flags)
+    if method == "mean_teacher":
+        return mean_teacher.parse_args(flags)
+    if method == "cutmix_seg":
+        return mean_teacher.parse_args([*flags, "--cutmix"])
     return u2pl.parse_args([*flags, "--warmup-iters", "0"])
 
 
@@ -110,6 +125,27 @@ def cps_ways(args: argparse.Namespace, device: torch.device) -> tuple[Way, Way]:
         return loss
 
     return Way(step, USUAL["cps"], []), Way(step, [], [])
+
+
+def mean_teacher_ways(args: argparse.Namespace, device: torch.device) -> tuple[Way, Way]:
+    """A step of Mean Teacher, or with `cutmix` of CutMix-Seg: the usual way, and the kernels'."""
+    student = place(DeepLabV3Plus.from_settings(args, CLASSES), args, device).train()
+    teacher = copy.deepcopy(student).requires_grad_(False).train(not args.cutmix)
+    optimizer = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
+    batch = random_batch(args, device)
+    both = student, teacher, batch
+
+    def step() -> Tensor:
+        if args.cutmix:
+            inputs = (*both, [batch, batch], args.unsup_weight, 0, args)
+            loss = mean_teacher.cutmix_step(*inputs)["loss"]
+        else:
+            loss = mean_teacher.noise_step(*both, batch, args.unsup_weight, args)["loss"]
+        update(optimizer, loss)
+        mean_teacher.ema_update(teacher, student, args.ema_decay, args.cutmix)
+        return loss
+
+    return Way(step, USUAL["mean_teacher"], []), Way(step, [], [])
 
 
 def u2pl_ways(args: argparse.Namespace, device: torch.device) -> tuple[Way, Way]:
@@ -195,6 +231,14 @@ def usual_class_contrast(pixels: Tensor, positive: Tensor, queue: Tensor) -> Ten
     return F.cross_entropy(similarity, target)
 
 
+WAYS = {
+    "cps": cps_ways,
+    "mean_teacher": mean_teacher_ways,
+    "cutmix_seg": mean_teacher_ways,
+    "u2pl": u2pl_ways,
+}
+
+
 def measure(way: Way, device: torch.device) -> tuple[float, int]:
     """Median seconds of a step, and the bytes at its peak with those of the bank on the device."""
     with ExitStack() as stack:
@@ -215,7 +259,7 @@ def compare_steps(method: str, device: torch.device) -> None:
     args = settings(method, device)
     torch.backends.cudnn.benchmark = device.type == "cuda"  # as in training
     torch.manual_seed(0)
-    usual, kernels = {"cps": cps_ways, "u2pl": u2pl_ways}[method](args, device)
+    usual, kernels = WAYS[method](args, device)
 
     count, size = args.batch_size, args.crop_size
     images = f"{count} + {count} images of {size} x {size}"
@@ -239,7 +283,7 @@ def main() -> None:
         prog="python -m common.step",
         description="Time a whole training step with the kernels, and the usual way.",
     )
-    parser.add_argument("method", choices=["cps", "u2pl"])
+    parser.add_argument("method", choices=list(WAYS))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="(default: cuda)")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():

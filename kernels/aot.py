@@ -13,10 +13,12 @@ how often the compiler unrolled the loop, or for kernels without a loop the whol
 For sm_90 the last columns bound a launch's time on an H200 from below: the largest of the time to
 issue the instructions, the time for which they keep each of the arithmetic units busy, and the time
 to move the tensors once; and which of these it is. The bound counts a lane's empty places: a cell
-of 128 -> 512 has 16 pixels, in 20 places. It leaves out the instructions outside the loops over the
-classes (some 3 a pixel and class), most lanes that idle, whatever does not overlap, and the
-launches around the kernel. It takes the clock to be 1.755 GHz: at 1.98 GHz, to which an H200 may
-boost, all but the bound of the bandwidth is 11 % lower. It is an estimate, not a measurement.
+of 128 -> 512 has 16 pixels, in 20 places. The mixed consistency counts as if no program read both
+tensors of targets; one that does takes twice as long. The bound leaves out the instructions outside
+the loops over the classes (some 3 a pixel and class), most lanes that idle, whatever does not
+overlap, and the launches around the kernel. It takes the clock to be 1.755 GHz: at 1.98 GHz, to
+which an H200 may boost, all but the bound of the bandwidth is 11 % lower. It is an estimate, not a
+measurement.
 """
 
 import argparse
@@ -36,7 +38,14 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from kernels import cross_entropy, drop_unreliable, masked_percentile, memory_contrast, pseudo_label
+from kernels import (
+    cross_entropy,
+    drop_unreliable,
+    masked_percentile,
+    memory_contrast,
+    pseudo_label,
+    soft_consistency,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
@@ -190,11 +199,19 @@ def uses_at(
     logits, target = inputs(dtype, n, classes, nodes, outputs)
     size, shape = (outputs, outputs), f"{nodes}->{outputs}"
     weights = {"pixel_weight": torch.empty(target.shape), "class_weight": torch.empty(classes)}
+    targets, second = torch.empty_like(logits), torch.empty_like(logits)
+    mask = torch.ones(target.shape, dtype=torch.bool)
+    mixed = {"mask": mask, "second": second}
+
+    def consistency(x: Tensor, **options) -> Tensor:
+        return soft_consistency(x, targets, mask, **options).loss
+
     found = [
         Use(f"cross_entropy {shape}", with_backward(cross_entropy, logits, target)),
         Use(f"  map of losses {shape}", lambda: cross_entropy(logits, target, reduction="none")),
         Use(f"pseudo_label {shape}", lambda: pseudo_label(logits, size)),
         Use(f"  and entropy {shape}", lambda: pseudo_label(logits, size, with_entropy=True)),
+        Use(f"soft_consistency {shape}", with_backward(consistency, logits)),
     ]
     if every:
         maps = {"with_confidence": True, "with_entropy": True}
@@ -205,6 +222,17 @@ def uses_at(
                 with_backward(cross_entropy, logits, target, **weights),
             ),
             Use(f"  without gradient {shape}", lambda: cross_entropy(logits.detach(), target)),
+            Use(
+                f"  thresholded {shape}",
+                lambda: pseudo_label(logits, size, threshold=0.5, valid_mask=mask),
+            ),
+            Use(f"  mixed {shape}", with_backward(consistency, logits, **mixed)),
+            Use(
+                f"  cross-entropy {shape}",
+                with_backward(consistency, logits, mode="cross_entropy"),
+            ),
+            Use(f"  kl {shape}", with_backward(consistency, logits, mode="kl")),
+            Use(f"  loss alone {shape}", lambda: consistency(logits.detach())),
         ]
     return found
 
@@ -280,9 +308,10 @@ def instructions(launch: Launch, code: "Disassembly") -> dict[str, float]:
     counts = dict.fromkeys((name(line) for line in code.lines), 0.0)
     count = places(launch)
     if count:
+        networks = 2 if "targets_ptr" in launch.arguments else 1
         for body in class_loops(code):
             for line in body:
-                counts[name(line)] += 1 / unrolled(body, count) / count
+                counts[name(line)] += 1 / unrolled(body, count, networks) / count
         return counts
 
     arguments = launch.arguments
@@ -311,7 +340,7 @@ def work(launch: Launch) -> float:
         return programs * 32 * turns * arguments["TOGETHER"]
     if "KEEP" in arguments:
         return programs * arguments["LANES"] * arguments["C"]
-    if launch.kernel == "sum_kernel" or arguments.get("PASS", 0) > 0:
+    if launch.kernel.endswith("sum_kernel") or arguments.get("PASS", 0) > 0:
         return 0
     return programs * arguments.get("BLOCK", 0)
 
@@ -394,13 +423,16 @@ def name(line: str) -> str:
     return re.sub(r"^@!?U?P\w+ ", "", line).split()[0].split(".")[0]
 
 
-def unrolled(body: list[str], pixels: int) -> int:
+def unrolled(body: list[str], pixels: int, networks: int) -> int:
     """How many classes one turn of a loop handles.
 
-    Each pixel takes one maximum or one exponential a class.
+    Each pixel takes one maximum or one exponential a class; up to two exponentials where a loop
+    makes the probabilities of two `networks`. Were a loop over one of two networks unrolled twice,
+    its instructions would count double; with Triton 3.6.0 none is.
     """
-    marks = (sum(name(line) == "FMNMX" for line in body), sum("MUFU.EX2" in line for line in body))
-    return max(max(marks) // pixels, 1)
+    maxima = sum(name(line) == "FMNMX" for line in body)
+    exponentials = sum("MUFU.EX2" in line for line in body)
+    return max(maxima // pixels, exponentials // (networks * pixels), 1)
 
 
 def launches_of(use: Use, target: str) -> dict[str, Launch]:
@@ -437,7 +469,7 @@ def main() -> None:
         "bound: of a launch on an H200, an estimate"
     )
     if cuda:
-        head = f"{'call':34}{'kernel':16}{'registers':>10}{'spilled':>9}{'stack':>7}{'shared':>8}"
+        head = f"{'call':34}{'kernel':20}{'registers':>10}{'spilled':>9}{'stack':>7}{'shared':>8}"
         print(head + f"{'instructions':>14}{'bound (us)':>12}  by")
     seen = []
     for use in uses(DTYPES[args.dtype], SHAPES if cuda else SHAPES[:1]):
@@ -445,7 +477,7 @@ def main() -> None:
             if any(launch.compiled is other for other in seen):
                 continue
             seen.append(launch.compiled)
-            print(f"{use.name:34}{kernel:16}" + (row(launch, target) if cuda else "compiles"))
+            print(f"{use.name:34}{kernel:20}" + (row(launch, target) if cuda else "compiles"))
 
 
 def row(launch: Launch, target: str) -> str:

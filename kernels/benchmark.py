@@ -44,6 +44,7 @@ from kernels import (
     masked_percentile,
     memory_contrast,
     pseudo_label,
+    soft_consistency,
 )
 from kernels.timing import Machine, Timing, gpu_machine, time_cpu, time_gpu, triton_version
 from kernels.usual import (
@@ -52,6 +53,7 @@ from kernels.usual import (
     usual_drop,
     usual_percentile,
     usual_pseudo_label,
+    usual_soft_consistency,
 )
 
 SHAPES = [
@@ -234,6 +236,47 @@ def label_op(inputs: Inputs, gates: dict[str, float]) -> Op:
     )
 
 
+def threshold_op(inputs: Inputs, gates: dict[str, float]) -> Op:
+    """Labels of the valid pixels whose confidence reaches a threshold, and their number."""
+    shape, logits = inputs.shape, inputs.logits
+    options = {"threshold": 0.8, "valid_mask": inputs.target != 255}
+    return Op(
+        providers(
+            usual_pseudo_label, pseudo_label, logits, inputs.size, impl=inputs.impl, **options
+        ),
+        least_bytes=logits.nbytes + 2 * shape.pixels,
+        exponentials=shape.pixels * shape.c,
+        gate_us=None,
+        tolerance=1e-3,
+    )
+
+
+def consistency_op(inputs: Inputs, gates: dict[str, float], mixed: bool = False) -> Op:
+    """The squared distance of two networks' probabilities with its gradient; `mixed` by a mask."""
+    shape, logits, valid = inputs.shape, inputs.logits, inputs.target != 255
+    targets = logits.detach().roll(1, 1)  # each class has the logits of its neighbour
+    mixture, tensors = {}, 3  # what is read and written of the logits' size
+    if mixed:  # in a quarter of each image the pixels read other targets
+        mask = torch.zeros_like(valid)
+        mask[:, : shape.height // 2, : shape.width // 2] = True
+        mixture, tensors = {"mask": mask, "second": targets.roll(1, 1)}, 4
+
+    def loss_of(consistency: Callable) -> Callable[..., Tensor]:
+        def loss(x: Tensor, **options) -> Tensor:
+            return consistency(x, targets, valid, **mixture, **options).loss
+
+        return loss
+
+    usual, kernel = loss_of(usual_soft_consistency), loss_of(soft_consistency)
+    return Op(
+        both_ways(usual, kernel, logits, impl=inputs.impl),
+        least_bytes=tensors * logits.nbytes + (2 if mixed else 1) * shape.pixels,
+        exponentials=6 * shape.pixels * shape.c,
+        gate_us=None,
+        tolerance=inputs.tolerance,
+    )
+
+
 def percentile_op(inputs: Inputs, gates: dict[str, float]) -> Op:
     """Six percentiles of the entropy."""
     maps = (inputs.found.entropy, inputs.target != 255, PERCENTILES)
@@ -248,7 +291,7 @@ def percentile_op(inputs: Inputs, gates: dict[str, float]) -> Op:
 
 def drop_op(inputs: Inputs, gates: dict[str, float]) -> Op:
     """U2PL's mask of the pixels whose entropy is among the highest fifth."""
-    label, _, entropy = inputs.found
+    label, entropy = inputs.found.label, inputs.found.entropy
     valid = inputs.target != 255
     threshold = masked_percentile(entropy, valid, 80.0, impl=inputs.impl).reshape(())
     return Op(
@@ -293,6 +336,9 @@ OPERATIONS = {
     "cross_entropy": cross_entropy_op,
     "pseudo_label": pseudo_label_op,
     "label alone": label_op,
+    "thresholded label": threshold_op,
+    "soft_consistency": consistency_op,
+    "mixed consistency": functools.partial(consistency_op, mixed=True),
     "percentile": percentile_op,
     "drop_unreliable": drop_op,
     "memory_contrast": contrast_op,

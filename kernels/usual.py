@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import PseudoLabel
+from kernels import PseudoLabel, SoftConsistency
 
 
 def usual_cross_entropy(
@@ -30,15 +30,55 @@ def usual_pseudo_label(
     *,
     with_confidence: bool = False,
     with_entropy: bool = False,
+    threshold: float | None = None,
+    valid_mask: Tensor | None = None,
 ) -> PseudoLabel:
-    """Interpolate to full resolution, then softmax, max and entropy."""
+    """Interpolate to full resolution, then softmax, max, threshold and entropy."""
     full = F.interpolate(logits.detach().float(), size, mode="bilinear", align_corners=True)
-    if not with_confidence and not with_entropy:
+    if not with_confidence and not with_entropy and threshold is None:
         return PseudoLabel(full.argmax(1).to(torch.uint8), None, None)
     probs = full.softmax(1)
     confidence, label = probs.max(1)
-    entropy = -(probs * probs.clamp_min(1e-12).log()).sum(1)
-    return PseudoLabel(label.to(torch.uint8), confidence, entropy)
+    label, kept = label.to(torch.uint8), None
+    if threshold is not None:
+        keep = confidence >= threshold
+        if valid_mask is not None:
+            keep = keep & valid_mask
+        label, kept = label.masked_fill(~keep, 255), keep.sum()
+    entropy = None
+    if with_entropy:
+        entropy = -(probs * probs.clamp_min(1e-12).log()).sum(1)
+    return PseudoLabel(label, confidence if with_confidence else None, entropy, kept)
+
+
+def usual_soft_consistency(
+    logits: Tensor,
+    targets: Tensor,
+    valid_mask: Tensor,
+    *,
+    mode: str = "squared",
+    mask: Tensor | None = None,
+    second: Tensor | None = None,
+    threshold: float = 0.0,
+) -> SoftConsistency:
+    """Interpolate to full resolution, softmax, mix the targets, then torch's own losses."""
+
+    def full(x: Tensor) -> Tensor:
+        size = valid_mask.shape[1:]
+        return F.interpolate(x.float(), size, mode="bilinear", align_corners=True)
+
+    with torch.no_grad():
+        probs = full(targets).softmax(1)
+        if second is not None:
+            probs = torch.where(mask[:, None], full(second).softmax(1), probs)
+    if mode == "squared":
+        each = (full(logits).softmax(1) - probs).square().sum(1)
+    else:
+        each = -(probs * full(logits).log_softmax(1)).sum(1)
+        if mode == "kl":
+            each = each - torch.special.entr(probs).sum(1)
+    confident = (probs.amax(1) >= threshold) & valid_mask
+    return SoftConsistency((each * valid_mask).sum(), valid_mask.sum(), confident.sum())
 
 
 def usual_contrast(

@@ -10,10 +10,10 @@ import cps
 from common import datasets
 from common.augment import IGNORE, normalise
 from common.data import train_loader
-from common.deeplabv3plus import DeepLabV3Plus, full_softmax
+from common.deeplabv3plus import DeepLabV3Plus
 from common.losses import hard_pixels, labelled_loss, mean_cross_entropy
 from common.run import Run, sgd
-from kernels import cross_entropy, pseudo_label
+from kernels import cross_entropy
 
 CPU = torch.device("cpu")
 
@@ -26,10 +26,10 @@ def logits_of(probs: list) -> torch.Tensor:
 
 def test_cross_supervision_by_hand():
     learner = logits_of([0.9, 0.2, 0.6, 0.5]).requires_grad_()
-    labels = pseudo_label(logits_of([0.8, 0.7, 0.4, 0.3]), (2, 2)).label
-    assert labels.tolist() == [[[1, 1], [0, 0]]]
+    pseudo = cps.pseudo_of(logits_of([0.8, 0.7, 0.4, 0.3]), (2, 2))
+    assert pseudo.label.tolist() == [[[1, 1], [0, 0]]]
     valid_mask = torch.tensor([[[True, True], [True, False]]])
-    loss = cps.cps_loss(learner, labels, valid_mask)
+    loss = cps.cps_loss(learner, pseudo, valid_mask)
     expected = -(math.log(0.9) + math.log(0.2) + math.log(0.4)) / 3
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     loss.backward()
@@ -39,12 +39,14 @@ def test_cross_supervision_by_hand():
 
 def test_soft_cross_supervision_by_hand():
     learner = logits_of([0.9, 0.2, 0.6, 0.5]).requires_grad_()
-    probs = full_softmax(logits_of([0.8, 0.7, 0.4, 0.3]), (2, 2))
+    pseudo = cps.pseudo_of(logits_of([0.8, 0.7, 0.4, 0.3]), (2, 2))
     valid_mask = torch.tensor([[[True, True], [True, False]]])
-    loss = cps.cpc_loss(learner, probs, valid_mask)
+    loss = cps.cpc_loss(learner, pseudo, valid_mask)
     assert loss.item() == pytest.approx(2 * (0.1**2 + 0.5**2 + 0.2**2) / 3, rel=1e-5)
     loss.backward()
-    assert learner.grad.abs().max() > 0
+    assert learner.grad[0, :, 1, 1].abs().max() == 0  # the padded pixel
+    # d/dz of 2 (p - p2)² is 4 (p - p2) p (1 - p).
+    assert learner.grad[0, 1, 0, 0].item() == pytest.approx(4 * 0.1 * 0.9 * 0.1 / 3, rel=1e-4)
 
 
 def test_overlap_leaves_the_background_out():

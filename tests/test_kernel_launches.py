@@ -19,6 +19,7 @@ from kernels import (
     masked_percentile,
     memory_contrast,
     pseudo_label,
+    soft_consistency,
     timing,
 )
 from kernels.contrast import memory_contrast_reference
@@ -26,6 +27,7 @@ from kernels.cross_entropy import cross_entropy_reference
 from kernels.cross_entropy_map import cross_entropy_map_reference
 from kernels.percentile import drop_unreliable_reference, masked_percentile_reference
 from kernels.pseudo_label import pseudo_label_reference
+from kernels.soft_consistency import MODES, soft_consistency_reference
 
 N, C, NODES, OUTPUTS = 2, 21, 33, 129
 LOGITS = N * C * NODES * NODES  # numbers in the head's logits
@@ -138,6 +140,34 @@ def test_pseudo_label_launches_a_copy_and_one_kernel(kernels_that_do_not_run):
     assert found == ["copy_", "pseudo_label_kernel"]
 
 
+def test_thresholded_labels_take_one_more_launch_for_their_number(kernels_that_do_not_run):
+    x, size, valid = logits(), (OUTPUTS, OUTPUTS), labels() == 0
+    found = launches(lambda: pseudo_label(x, size, threshold=0.9, valid_mask=valid))
+    assert found == ["copy_", "pseudo_label_kernel", "sum"]
+
+
+def consistency_inputs() -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """logits, targets and the valid pixels; and what mixes the targets."""
+    valid = labels() == 0
+    return [logits(), logits().detach(), valid], {"mask": valid, "second": logits().detach()}
+
+
+def test_soft_consistency_launches_the_copies_three_kernels_and_two_backward(
+    kernels_that_do_not_run,
+):
+    """Backward: a one, the gradient of the loss, and the product."""
+    inputs, mixed = consistency_inputs()
+    kernels = ["soft_consistency_kernel", "soft_consistency_kernel", "consistency_sum_kernel"]
+
+    def both(**options):
+        return torch.autograd.grad(soft_consistency(*inputs, **options).loss, inputs[0])
+
+    assert launches(both) == ["copy_"] * 2 + kernels + ["fill_", "mul"]
+    assert launches(lambda: both(**mixed)) == ["copy_"] * 3 + kernels + ["fill_", "mul"]
+    without = [inputs[0].detach(), *inputs[1:]]
+    assert launches(lambda: soft_consistency(*without)) == ["copy_"] * 2 + kernels
+
+
 @pytest.mark.parametrize("queries", [[20.0], [20.0, 80.0], [5.0, 20.0, 40.0, 60.0, 80.0, 95.0]])
 def test_percentile_launches_the_same_few_kernels_for_one_query_and_for_six(
     queries, kernels_that_do_not_run
@@ -188,6 +218,25 @@ def test_cross_entropy_needs_memory_for_a_copy_and_one_gradient_in_float32(kerne
     assert timing.peak_cpu(both) <= (4 + 2 + 4) * LOGITS + partial_sums + 100
 
 
+def test_soft_consistency_needs_memory_for_the_copies_and_one_gradient_in_float32(
+    kernels_that_do_not_run,
+):
+    """As the cross-entropy, with one copy more, of the targets; mixed another one."""
+    inputs, mixed = consistency_inputs()
+
+    def forward(**options):
+        return soft_consistency(*inputs, **options)
+
+    def both(**options):
+        return torch.autograd.grad(forward(**options).loss, inputs[0])
+
+    both()  # makes and keeps the tables
+    partial_sums = 24 * 2 * N * ((NODES // 2 + 1) * (NODES + 1) // 31 + 1)
+    assert timing.peak_cpu(forward) <= (2 * 2 + 4) * LOGITS + partial_sums + 100
+    assert timing.peak_cpu(lambda: forward(**mixed)) <= (3 * 2 + 4) * LOGITS + partial_sums + 100
+    assert timing.peak_cpu(both) <= (4 + 2 + 4) * LOGITS + partial_sums + 100
+
+
 def test_full_size_cross_entropy_needs_memory_for_a_map_and_the_gradient(kernels_that_do_not_run):
     x, target = logits(OUTPUTS).detach().contiguous().requires_grad_(), labels()
 
@@ -216,6 +265,7 @@ def test_a_loss_that_nothing_depends_on_gets_no_gradient_made_of_zeros(kernels_t
         (cross_entropy(x, labels()), x),
         (cross_entropy(full, labels()), full),
         (memory_contrast(*contrast), contrast[0]),
+        (soft_consistency(x, x.detach(), labels() == 0).loss, x),
     ]
     for loss, variable in results:
         total = NoGradient.apply(loss).sum()
@@ -273,7 +323,15 @@ def test_the_references_neither_wait_for_the_gpu_nor_mix_it_with_the_host():
             *cross_entropy_reference(x, target, weight, None, 255, True, True),
             *cross_entropy_reference(x, target[:, :9, :9], None, None, 255, True, True),
             cross_entropy_map_reference(x, target, weight, None, 255, True),
-            *pseudo_label_reference(x, (33, 33), True, True, True),
+            *pseudo_label_reference(x, (33, 33), True, True, True, None, None),
+            *pseudo_label_reference(x, (33, 33), True, False, False, 0.5, target != 255),
+            *(
+                each
+                for mode in MODES
+                for each in soft_consistency_reference(
+                    x, x, target != 255, target == 1, x, mode, 0.5, True, True
+                )
+            ),
             masked_percentile_reference(entropy, target != 255, queries),
             masked_percentile_reference(entropy[:0], target[:0] != 255, queries),
             *drop_unreliable_reference(target, entropy, queries[0], 255),

@@ -75,22 +75,33 @@ def probabilities(network: Network, images: torch.Tensor) -> torch.Tensor:
     return logits.softmax(1)
 
 
+def logits_of(first: float, second: float) -> torch.Tensor:
+    """(1,2,1,2) logits of two pixels whose class 0 has these probabilities."""
+    probs = torch.tensor([[[[first, second]], [[1 - first, 1 - second]]]])
+    return probs.log()
+
+
 def test_squared_distance_and_confidence_by_hand():
-    probs = torch.tensor([[[[0.5, 0.9]], [[0.5, 0.1]]]], requires_grad=True)  # (1,2,1,2)
-    targets = torch.tensor([[[[0.98, 0.1]], [[0.02, 0.9]]]])
+    student, teacher = logits_of(0.5, 0.9).requires_grad_(), logits_of(0.98, 0.1)
     both = torch.tensor([[[True, True]]])
-    distance = mean_teacher.squared_distance(probs, targets, both)
+    distance, confident = mean_teacher.squared_distance(student, teacher, both, 0.97)
     assert distance.item() == pytest.approx((2 * 0.48**2 + 2 * 0.8**2) / 2)
-    assert mean_teacher.confident_share(targets, both, 0.97).item() == 0.5
+    assert confident.item() == 0.5
 
     one = torch.tensor([[[True, False]]])
-    distance = mean_teacher.squared_distance(probs, targets, one)
+    distance, confident = mean_teacher.squared_distance(student, teacher, one, 0.97)
     assert distance.item() == pytest.approx(2 * 0.48**2)
-    assert mean_teacher.confident_share(targets, one, 0.97).item() == 1
+    assert confident.item() == 1
 
-    nothing = mean_teacher.squared_distance(probs, targets, both & False)
+    # The second pixel reads the teacher's other image.
+    mixed = {"mask": torch.tensor([[[False, True]]]), "second": logits_of(0.3, 0.99)}
+    distance, confident = mean_teacher.squared_distance(student, teacher, both, 0.97, **mixed)
+    assert distance.item() == pytest.approx((2 * 0.48**2 + 2 * 0.09**2) / 2)
+    assert confident.item() == 1
+
+    nothing, confident = mean_teacher.squared_distance(student, teacher, both & False, 0.97)
     nothing.backward()
-    assert nothing.item() == 0 and probs.grad.abs().max() == 0
+    assert nothing.item() == 0 and confident.item() == 0 and student.grad.abs().max() == 0
 
 
 def test_the_average_is_that_of_torch():

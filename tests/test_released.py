@@ -429,21 +429,21 @@ def colour_statistics(images: np.ndarray, source: np.ndarray) -> dict[str, np.nd
 
 
 @pytest.mark.parametrize(
-    ("script", "change", "theirs"),
+    ("module", "change", "theirs"),
     [
-        (stpp, stpp.colour_jitter_and_blur, STPP),
+        (augment, augment.colour_jitter_and_blur, STPP),
         (mean_teacher, mean_teacher.colour_jitter, CUTMIX_SEG),
     ],
-    ids=["ST++", "CutMix-Seg"],
+    ids=["ST++, UniMatch", "CutMix-Seg"],
 )
-def test_the_colours_have_the_released_law(script, change, theirs):
-    """For ST++ with another blur filter (difference 6 of stpp.py)."""
+def test_the_colours_have_the_released_law(module, change, theirs):
+    """For ST++ and UniMatch with another blur filter (difference 6 of either)."""
     torch.manual_seed(4)
     source = coloured_blocks()
     images = np.stack([change(torch.from_numpy(source)).numpy() for _ in range(1500)])
     assert_law(theirs["law of the colours"], colour_statistics(images, source))
     # The law says less about contrast and saturation than about the rest.
-    (jitter,) = script.COLOURS.transforms[0].transforms
+    (jitter,) = module.COLOURS.transforms[0].transforms
     for name, expected in theirs["ranges of the jitter"].items():
         assert list(getattr(jitter, name)) == pytest.approx(expected)
 

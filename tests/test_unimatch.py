@@ -46,10 +46,10 @@ def test_unsure_pixels_count_in_the_mean_only_and_padded_ones_nowhere():
     logits = torch.tensor([[sure, unsure], [even, sure]]).permute(2, 0, 1)[None]  # (1,2,2,2)
     valid = torch.tensor([[[True, True], [True, False]]])
     threshold = torch.tensor(even).softmax(0)[0].item()
-    labels = unimatch.confident_labels(logits, valid, threshold)
-    assert labels.tolist() == [[[0, IGNORE], [0, IGNORE]]]
-    every = unimatch.confident_labels(logits, valid, 0)
-    assert every.tolist() == [[[0, 0], [0, IGNORE]]]
+    labels, kept = unimatch.confident_labels(logits, valid, threshold)
+    assert labels.tolist() == [[[0, IGNORE], [0, IGNORE]]] and kept == 2
+    every, kept = unimatch.confident_labels(logits, valid, 0)
+    assert every.tolist() == [[[0, 0], [0, IGNORE]]] and kept == 3
 
     student = torch.tensor([[[0.0, 5.0], [2.0, 7.0]], [[0.0, 0.0], [1.0, 0.0]]])[None]
     loss = unimatch.consistency_loss(student.requires_grad_(), labels, valid)
