@@ -312,9 +312,8 @@ def mean_difference(
 @cell_jit
 def soft_consistency_kernel(
     logits_ptr,  # (N,C,h,w)
-    targets_ptr,  # (N,C,h,w)
-    second_ptr,  # (N,C,h,w), or None
-    mask_ptr,  # (N,H,W) bool: where to read the second targets; None without them
+    targets_ptr,  # (N,C,h,w), or two of them, (2,N,C,h,w), with `mask_ptr`
+    mask_ptr,  # (N,H,W) bool: where to read the second of them, or None
     valid_ptr,  # (N,H,W) bool
     partial_ptr,  # (2,N,programs,3) float64: sums of loss, valid and confident pixels
     gradient_ptr,  # (N,C,h,w) in ACC, or None
@@ -344,7 +343,7 @@ def soft_consistency_kernel(
     One lane has one cell, and takes ROWS x COLUMNS of its pixels at a time.
     """
     ON_NODE: tl.constexpr = RATIO > 0 and RATIO <= ROWS and RATIO <= COLUMNS
-    SOURCES: tl.constexpr = 1 if second_ptr is None else 2
+    SOURCES: tl.constexpr = 1 if mask_ptr is None else 2
     PARTS: tl.constexpr = ROW_PARTS * COLUMN_PARTS
     GRADIENT: tl.constexpr = gradient_ptr is not None
     image = tl.program_id(1).to(tl.int64)
@@ -353,7 +352,7 @@ def soft_consistency_kernel(
     targets_ptr += image * C * plane
     valid_ptr += image * H * W
     if SOURCES > 1:
-        second_ptr += image * C * plane
+        of_second = tl.num_programs(1).to(tl.int64) * C * plane
         mask_ptr += image * H * W
     if GRADIENT:
         gradient_ptr += image * C * plane
@@ -399,8 +398,7 @@ def soft_consistency_kernel(
             source_ptr = targets_ptr
             if SOURCES > 1:
                 counted = valid & tl.where(source == 1, inside, ~inside)
-                if source == 1:
-                    source_ptr = second_ptr
+                source_ptr += source * of_second
             later = (part > 0) | (source > 0)
             # Most later turns have no pixel that counts. The first one also writes the zeros of the
             # cells that have none.
@@ -543,8 +541,13 @@ def launch(
     """
     n, classes, h, w = logits.shape
     size, dtype = tuple(valid_mask.shape[1:]), accumulator(logits.dtype)
-    logits, targets, valid_mask, mask, second = (
-        x if x is None else x.contiguous() for x in (logits, targets, valid_mask, mask, second)
+    if second is not None:
+        both = targets.new_empty((2, *targets.shape))
+        both[0].copy_(targets)
+        both[1].copy_(second)
+        targets = both
+    logits, targets, valid_mask, mask = (
+        x if x is None else x.contiguous() for x in (logits, targets, valid_mask, mask)
     )
     walk = plan(logits, size, align_corners, max_pixels=20)
     # Instead of up to 128 registers, and without a spill: 18 programs instead of 16 share a
@@ -555,7 +558,7 @@ def launch(
     loss, count, confident, gradient = empty_results(logits, with_gradient)
     for odd in (False, True):
         soft_consistency_kernel[grid](
-            logits, targets, second, mask, valid_mask, partial,
+            logits, targets, mask, valid_mask, partial,
             gradient if with_gradient else None, *walk.tables, threshold, h, w, *size,
             C=classes, SQUARED=mode == "squared", KL=mode == "kl", ODD=odd, RATIO=walk.ratio,
             ROWS=walk.rows, COLUMNS=walk.columns, ROW_PARTS=walk.row_parts,
