@@ -208,13 +208,13 @@ class Pseudo(NamedTuple):
 
     Attributes:
         label: (N,H,W) uint8, ŷ.
-        logits: (N,C,h,w), without gradient; with CutMix those of u0.
+        logits: (N,C,h,w), without gradient; with CutMix those of u0; None unless for CPC.
         mask: (N,H,W) bool, m: where a pixel is one of u1; None without CutMix.
         inside: (N,C,h,w), the logits of u1; None without CutMix.
     """
 
     label: Tensor
-    logits: Tensor
+    logits: Tensor | None
     mask: Tensor | None = None
     inside: Tensor | None = None
 
@@ -269,16 +269,18 @@ def overlap(label_1: Tensor, label_2: Tensor, valid_mask: Tensor, background: in
 
 
 @torch.no_grad()
-def pseudo_of(logits: Tensor, size: tuple[int, int]) -> Pseudo:
-    """ŷ_k = argmax f_k, at `size` = (H,W), of logits (N,C,h,w)."""
-    return Pseudo(pseudo_label(logits, size).label, logits.detach())
+def pseudo_of(logits: Tensor, size: tuple[int, int], soft: bool) -> Pseudo:
+    """Labels at `size` = (H,W) of logits (N,C,h,w); for CPC (`soft`) these logits, too."""
+    return Pseudo(pseudo_label(logits, size).label, logits.detach() if soft else None)
 
 
 @torch.no_grad()
-def mixed_pseudo(network: nn.Module, images_0: Tensor, images_1: Tensor, mask: Tensor) -> Pseudo:
+def mixed_pseudo(
+    network: nn.Module, images_0: Tensor, images_1: Tensor, mask: Tensor, soft: bool
+) -> Pseudo:
     """Step 4: ŷ_k = m·argmax f_k(u1) + (1-m)·argmax f_k(u0), from the unmixed images (N,3,H,W)."""
     size = images_0.shape[2:]
-    outside, inside = (pseudo_of(network(images), size) for images in (images_0, images_1))
+    outside, inside = (pseudo_of(network(images), size, soft) for images in (images_0, images_1))
     return Pseudo(mix(mask, inside.label, outside.label), outside.logits, mask, inside.logits)
 
 
@@ -317,15 +319,15 @@ def train_step(
         valid_mask = mix(mask, batches_u[1]["valid_mask"], batches_u[0]["valid_mask"])
 
         # 4. Each forward pass has its own batch statistics, as released.
-        pseudo_1 = mixed_pseudo(f1, *images_u, mask)
-        pseudo_2 = mixed_pseudo(f2, *images_u, mask)
+        pseudo_1 = mixed_pseudo(f1, *images_u, mask, args.soft)
+        pseudo_2 = mixed_pseudo(f2, *images_u, mask, args.soft)
         logits_1, logits_2 = f1(images_m), f2(images_m)
     else:
         # 3., 4. Labelled and unlabelled images, with labels from this very forward pass.
         logits_1 = torch.cat([logits_l1, f1(images_u[0])])
         logits_2 = torch.cat([logits_l2, f2(images_u[0])])
         valid_mask = torch.cat([batch_l["valid_mask"], batches_u[0]["valid_mask"]])
-        pseudo_1, pseudo_2 = (pseudo_of(z, size) for z in (logits_1, logits_2))
+        pseudo_1, pseudo_2 = (pseudo_of(z, size, args.soft) for z in (logits_1, logits_2))
 
     # 5. L_cps = CE(f1(x_m), ŷ2) + CE(f2(x_m), ŷ1); CPC: |p1 - p2|², likewise
     one_direction = cpc_loss if args.soft else cps_loss

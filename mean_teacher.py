@@ -15,12 +15,12 @@ another view of the same image.
                             |                                                     +--> L_u
                             +--> teacher f' --> p'(u0), p'(u1) --> mixed --> p'_m +
 
-    ClassMix       u0, u1 --+--> teacher f' --> ŷ0, ŷ1 --> M: half of ŷ1's classes
+    ClassMix       u0, u1 --+--> teacher f' --> ŷ0, ŷ1 --> M: half of the classes in ŷ1
                             |                                |
                             +--> mixed by M --> x_m --> f -> CE(p, ŷ0 and ŷ1 mixed by M) --> L_u
 
-1. Take labelled images x_l and unlabelled ones x_u; with CutMix two independent unlabelled batches
-   u0, u1.
+1. Take labelled images x_l and unlabelled ones x_u; to mix, two independent unlabelled batches u0
+   and u1.
 2. Supervise the student (Mean Teacher: on x_l + η; cityscapes: on the hard pixels, OHEM):
        L_s = CE(f(x_l), y)
 3. Mean Teacher: student and teacher see the same crops, labelled and unlabelled alike, with
@@ -31,13 +31,14 @@ another view of the same image.
        x_m = m·u1 + (1-m)·u0,   p'_m = m·p'(u1) + (1-m)·p'(u0)
        L_u = (share of pixels with max p'_m >= 0.97)
              · mean over pixels of sum_c (p(x_m) - p'_m)²                                [section 3]
-   ClassMix: M is what the teacher takes for one of ⌊K/2⌋ classes, drawn from the K that it sees in
-   u1. Whole objects are pasted, and the labels are hard:
-       x_m = M·u1 + (1-M)·u0,   ŷ_m = M·argmax p'(u1) + (1-M)·argmax p'(u0)
+   ClassMix: the labels are hard. In u1 the teacher sees K classes; ⌊K/2⌋ of them are drawn, and M
+   is True on their pixels, so that whole objects are pasted:
+       ŷ0 = argmax p'(u0),   ŷ1 = argmax p'(u1)
+       x_m = M·u1 + (1-M)·u0,   ŷ_m = M·ŷ1 + (1-M)·ŷ0
        L_u = q · mean over pixels of CE(f(x_m), ŷ_m),   q = share of pixels with max p'_m >= 0.968
    --classmix labelled pastes from labelled images instead, ⌈K/2⌉ of their true classes, as DACS
    does from another domain. Pasted pixels then have weight 1 instead of q, and q is of u0 alone:
-       ŷ_m = M·y + (1-M)·argmax p'(u0)
+       x_m = M·x_l + (1-M)·u0,   ŷ_m = M·y + (1-M)·ŷ0
 4. L = L_s + w(t)·L_u;  SGD step for the student. With a ramp-up (on the built-in set), w(t) grows
    to w in the first T iterations; without one it is w:
        w(t) = w·exp(-5 (1 - t/T)²)                               [the release, after 1610.02242]
@@ -49,7 +50,8 @@ The teacher is the result; the student is reported beside it.
 | x_l, y | images_l, target_l | x_m    | images_m            | L_s    | loss_sup          |
 | u0, u1 | images_u           | m, M   | mask                | L_u    | loss_unsup        |
 | f      | student            | f'     | teacher             | w      | args.unsup_weight |
-| q      | q                  | ŷ_m    | target_m            | w(t)   | weight            |
+| ŷ0, ŷ1 | label_0, label_1   | ŷ_m    | target_m            | w(t)   | weight            |
+| q      | confident          | T      | args.ramp_up        | α      | args.ema_decay    |
 
 The probabilities p and p' have no variable: `soft_consistency` makes them of the student's `logits`
 and the teacher's `targets`, which are logits, too, at the resolution of the head.
@@ -76,17 +78,18 @@ Differences from the papers and the released code:
 5. --colour-jitter changes what the student sees, and the teacher never. It belongs to the follow-up
    paper, arXiv:2110.04487, whose settings the released scripts have; it is off by default.
 6. ClassMix is released with batches of one stream, whose images are mixed in a ring; here u0 and u1
-   are independent. Its teacher averages parameters alone and runs in train mode; here the teacher
-   is CutMix-Seg's (3.), so that box and classes can be compared. It starts from a DeepLab v2 that
-   was trained on COCO; here it is trained as the other methods are. On Cityscapes the mixed image
-   is jittered and blurred, on VOC it is not; here --colour-jitter does it before mixing, with other
-   colours and no blur. DACS adapts to another domain; here both images are of one. It is released
-   with jitter and blur, and ignored pixels are a class of theirs that may be pasted; here never.
+   are independent. It evaluates the student. Its teacher averages parameters alone and runs in
+   train mode; here the teacher is CutMix-Seg's (3.), so that box and classes can be compared. It
+   starts from a DeepLab v2 that was trained on COCO; here it is trained as the other methods are.
+   On Cityscapes the mixed image is jittered and blurred, on VOC it is not; here --colour-jitter
+   does it before mixing, with other colours and no blur. DACS adapts to another domain; here both
+   images are of one. It is released with jitter and blur, and ignored pixels are a class of their
+   own that may be pasted; here never.
 7. Padding counts nowhere. In the released Mean Teacher it counts in L_u. In the released CutMix-Seg
    it adds nothing to the distance, but counts in the number of pixels that both means divide by, as
-   ignored pixels do in the released ClassMix and DACS.
+   ignored pixels do in the released DACS. The released ClassMix treats it as image.
 8. The network is this project's DeepLabv3+, and images are antialiased when they are scaled down,
-   which they are in neither release.
+   which they are not in the releases of Mean Teacher and CutMix-Seg.
 
     python mean_teacher.py                                   # built-in data, a CPU, about a minute
     python mean_teacher.py --classmix
@@ -96,7 +99,6 @@ Differences from the papers and the released code:
 import argparse
 import copy
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -208,9 +210,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__, PRESETS)
     add_flags(parser)
     given, _ = parser.parse_known_args(argv)
-    name = "mean_teacher" + {"noise": "", "cutmix": "-cutmix", "classmix": "-classmix"}[kind(given)]
+    name = "mean_teacher" if kind(given) == "noise" else f"mean_teacher-{kind(given)}"
     if given.classmix == "labelled":
         name += "-labelled"
+    parser.set_defaults(views=int(given.colour_jitter))  # by which `cli` counts memory
     args = cli.finish(parser, PRESETS, name, argv)
     for key in ("unsup_weight", "ramp_up"):
         value = getattr(args, key)
@@ -229,7 +232,6 @@ def kind(args: argparse.Namespace) -> str:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the three methods."""
-    parser.set_defaults(views=1)  # at most: `cli` counts the loader's memory by it
     group = parser.add_argument_group("Mean Teacher, CutMix-Seg, ClassMix")
     either = group.add_mutually_exclusive_group()
     either.add_argument("--cutmix", action="store_true", help="CutMix-Seg instead of noise")
@@ -238,7 +240,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="unlabelled",
         choices=["unlabelled", "labelled"],
-        help="ClassMix; with `labelled`, what is pasted comes from labelled images (DACS)",
+        help="ClassMix; with `labelled`, what is pasted comes from labelled images, as in DACS",
     )
     group.add_argument(
         "--unsup-weight",
@@ -498,22 +500,6 @@ def share(chosen: Tensor, counted: Tensor) -> Tensor:
     return add_up((chosen & counted).sum()) / add_up(counted.sum()).clamp_min(1)
 
 
-class Pasted(NamedTuple):
-    """Classes of one batch pasted into another.
-
-    Attributes:
-        images: x_m, (N,3,H,W).
-        target: ŷ_m, (N,H,W) uint8, 255 on padding.
-        mask: M, (N,H,W) bool.
-        confident: q, a scalar.
-    """
-
-    images: Tensor
-    target: Tensor
-    mask: Tensor
-    confident: Tensor
-
-
 def paste_classes(
     teacher: nn.Module,
     into: dict,
@@ -521,8 +507,8 @@ def paste_classes(
     classes: int,
     iteration: int,
     args: argparse.Namespace,
-) -> Pasted:
-    """Step 3 of ClassMix, up to the student.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Step 3 of ClassMix, up to the student: classes of one batch pasted into another.
 
     Args:
         teacher: the network that labels.
@@ -531,7 +517,11 @@ def paste_classes(
         classes: C.
         iteration: iterations done, for the choice of classes.
         args: `classmix`, `colour_jitter`, `conf_thresh`, `seed`.
+
+    Returns:
+        x_m, (N,3,H,W); ŷ_m, (N,H,W) uint8, 255 on padding; M, (N,H,W) bool; q, a scalar.
     """
+    # ŷ0 and ŷ1, or true labels; where the teacher is sure of them
     label_0, sure_0 = teacher_labels(teacher, into, args.conf_thresh)
     from_labelled = args.classmix == "labelled"
     if from_labelled:
@@ -550,7 +540,7 @@ def paste_classes(
         confident = share(sure_0, into["valid_mask"])
     else:
         confident = share(mix(mask, sure_1, sure_0), target != IGNORE)
-    return Pasted(mix(mask, inside, outside), target, mask, confident)
+    return mix(mask, inside, outside), target, mask, confident
 
 
 def classmix_step(
@@ -583,22 +573,23 @@ def classmix_step(
 
     # 3. L_u = mean over pixels of weight · CE(f(x_m), ŷ_m); the weight is q, or 1 on true labels
     classes = logits_l.shape[1]
-    images_m, target_m, mask, q = paste_classes(teacher, into, pasted, classes, iteration, args)
+    mixed = paste_classes(teacher, into, pasted, classes, iteration, args)
+    images_m, target_m, mask, confident = mixed
     logits_m = student(images_m)
     valid_mask = target_m != IGNORE
     if from_labelled:
-        pixel_weight = torch.where(mask, 1.0, q)
+        pixel_weight = torch.where(mask, 1.0, confident)
         total = cross_entropy(logits_m, target_m, pixel_weight=pixel_weight, reduction="sum")
         loss_unsup = global_mean(total, valid_mask.sum())
     else:
-        loss_unsup = q * mean_cross_entropy(logits_m, target_m)
+        loss_unsup = confident * mean_cross_entropy(logits_m, target_m)
 
     # 4. L = L_s + w(t)·L_u
     return {
         "loss": loss_sup + weight * loss_unsup,
         "loss_sup": loss_sup,
         "loss_unsup": loss_unsup,
-        "confident": q,
+        "confident": confident,
         "pasted": share(mask, valid_mask),
     }
 

@@ -1,48 +1,54 @@
-"""UniMatch and, with --fixmatch, FixMatch.
+"""UniMatch and, with --fixmatch, FixMatch: one network that learns from its own confident labels.
 
 UniMatch: Yang, Qi, Feng, Zhang, Shi; CVPR 2023, arXiv:2208.09910. FixMatch: Sohn et al., NeurIPS
-2020, arXiv:2001.07685, in the form that UniMatch's authors gave it for segmentation. One network,
-no teacher: what it predicts with confidence for a weakly augmented image is the label of the same
-image under two strong augmentations and under a perturbation of its features.
+2020, arXiv:2001.07685, in the form that UniMatch's authors gave it for segmentation. There is no
+teacher: what the network predicts with confidence for a weakly augmented image is the label of the
+same image under two strong augmentations, and under a perturbation of its features.
 
-    x_u --> weak x_w ---> f -+-> p_w --> ŷ where sure ---+------------------+   no gradient
-        |                    |                           |                  |   through ŷ
-        |                    +-> features dropped -> p_fp -> CE(p_fp, ŷ)    |
-        |                                                                   |
-        +-> strong s1 --> mixed by M1 --> x_1 --> f --> p_1 --> CE(p_1, ŷ mixed by M1)
-        +-> strong s2 --> mixed by M2 --> x_2 --> f --> p_2 --> CE(p_2, ŷ mixed by M2)
-                              ^
-    x'_u, mixed in -----------+      another batch; its labels come from x'_w, in eval mode
+    x_l ---> f ---> p_l ---> CE(p_l, y)
 
-1. Take labelled images x_l, unlabelled ones x_u and, to be mixed in, x'_u. Each unlabelled image
-   has three views of one crop: weak x_w and, with two independent draws of colours and blur, strong
-   s1, s2.
-2. Label x'_w with the network in eval mode. A label is kept where the network is sure:
-       ŷ' = argmax p'_w where max p'_w >= τ, else 255                            [FixMatch]
-3. Mix the strong views by small boxes M1, M2, drawn independently; half of the images get none:
-       x_k = M_k·s_k' + (1-M_k)·s_k                                              [DusPerb]
-4. One forward pass of [x_l; x_w]. The features of both, at stride 4 and of the last layer, take a
-   second way through the head with half of their channels dropped. One more pass of [x_1; x_2]:
-       p_l, p_w, p_fp = f(x_l), f(x_w), head(dropped features of x_w)            [UniPerb]
+    x_u -+-> weak x_w --> f -+-> p_w --> ŷ where sure (no gradient) --+
+         |                   +-> features dropped --> p_fp ---------> CE(p_fp, ŷ)
+         |
+         +-> strong s_1 --> mixed by M_1 --> x_1 --> f --> p_1 ----> CE(p_1, ŷ_1)
+         +-> strong s_2 --> mixed by M_2 --> x_2 --> f --> p_2 ----> CE(p_2, ŷ_2)
+                              ^                                              ^
+    x'_u -+-> s_1', s_2' -----+                                              |
+          +-> weak x'_w --> f in eval mode --> ŷ' where sure --> mixed into ŷ by M_1, M_2
+
+1. Take labelled images x_l, unlabelled ones x_u, and their partners x'_u, to be mixed in. Each
+   unlabelled image has three views of one crop: weak x_w and, with colours and blur drawn twice,
+   strong s_1, s_2.                                                                   [DusPerb]
+2. Label x'_w, in eval mode, as released. A label is kept where the network is sure:
+       ŷ' = argmax p'_w where max p'_w >= τ, else 255                                 [FixMatch]
+3. Mix the strong views by small boxes M_1, M_2, drawn independently; half of the images get none:
+       x_k = M_k·s_k' + (1-M_k)·s_k
+4. One forward pass of [x_l; x_w]. The features of both, at stride 4 and of the last layer, go a
+   second time through the head, each channel dropped with probability ½:             [UniPerb]
+       p_l, p_w, p_fp = f(x_l), f(x_w), head(dropped features of x_w)
+   One more pass of [x_1; x_2]:
        p_1, p_2 = f(x_1), f(x_2)
-5. Label x_w as in 2., without gradient, and mix the labels like the images:
-       y_k = M_k·ŷ' + (1-M_k)·ŷ
+5. Label x_w by p_w of step 4, so in train mode, and mix the labels like the images:
+       ŷ = argmax p_w where max p_w >= τ, else 255
+       ŷ_k = M_k·ŷ' + (1-M_k)·ŷ
 6. Losses. A pixel whose label is not kept adds nothing, but counts in the mean:
-       L_x = CE(p_l, y)                        (cityscapes: on the hard pixels, OHEM)
+       L_s = CE(p_l, y)                        (cityscapes: on the hard pixels, OHEM)
        L_fp = mean over valid pixels of CE(p_fp, ŷ)
-       L_s = ½·(mean CE(p_1, y_1) + mean CE(p_2, y_2))
-7. L = ½·(L_x + ½·L_fp + ½·L_s);  SGD step.                        [λ = μ = ½, as released]
+       L_strong = ½·(mean CE(p_1, ŷ_1) + mean CE(p_2, ŷ_2))
+7. L = ½·(L_s + ½·L_fp + ½·L_strong);  SGD step.
 
---fixmatch has one strong view and no dropped features: L = ½·(L_x + L_s). The steps between are
---no-fp (L = ½·(L_x + L_s), two views) and --no-second-view (L_s of one view). The ½ around
-everything halves the learning rate's effect.
+--fixmatch has one strong view and no dropped features: L = ½·(L_s + L_strong). The steps between
+are --no-fp (two views, the same L) and --no-second-view (step 7 with L_strong of one view). To SGD
+the outer ½ is half the learning rate with twice the weight decay.
 
-| symbol       | variable                | symbol   | variable          | symbol | variable     |
-|--------------|-------------------------|----------|-------------------|--------|--------------|
-| x_l, y       | images_l, target_l      | f, head  | network           | L_x    | loss_sup     |
-| x_w, x'_w    | weak, partner's weak    | ŷ, ŷ'    | pseudo, pseudo_p  | L_fp   | loss_feature |
-| s1, s2       | batch["image_strong_k"] | M_k      | masks             | L_s    | loss_strong  |
-| x_1, x_2     | mixed                   | y_k      | targets           | τ      | conf_thresh  |
+| symbol    | variable             | symbol | variable               | symbol   | variable         |
+|-----------|----------------------|--------|------------------------|----------|------------------|
+| x_l, y    | images_l, target_l   | p_l    | logits_l               | L_s      | loss_sup         |
+| x_u, x'_u | batch_u, partner     | p_w    | logits_w               | L_fp     | loss_feature     |
+| x_w, x'_w | weak, (in 2. alone)  | p_fp   | logits_fp              | L_strong | loss_strong      |
+| s_k, s_k' | strong,              | p_k    | logits_strong          | M_k      | masks            |
+|           | strong_partner       | ŷ, ŷ'  | pseudo, pseudo_partner | τ        | args.conf_thresh |
+| x_k       | mixed                | ŷ_k    | targets                | f, head  | network          |
 
 `confident` is the share of the valid pixels of x_w on which max p_w >= τ.
 
@@ -50,24 +56,26 @@ Differences from the paper and the released code:
 1. The partner x'_u is an independent batch. In the release both loaders read one sampler, so that
    the partner is another crop of the same image: --partner-as-released.
 2. A mean is over the valid pixels of all processes; the release averages the means of its four. A
-   padded pixel counts nowhere in either. The release opens the masks of unlabelled images to find
-   the padding; here they are never opened.
+   padded pixel counts nowhere in either. It is 0 after normalisation here, the mean colour, and
+   black there. The release opens the masks of unlabelled images to find the padding; here they are
+   never opened.
 3. OHEM compares the pixels of all images of a process and keeps 100 000 an image; the release keeps
    200 000 of a process's two.
 4. The learning rate follows the iteration. In the release it is set after the step, so that the
-   first two steps have the same. The last result counts here, the best on the validation images
-   there. A class that is in neither prediction nor target does not count here, and as 0 there; the
-   last sliding windows are flush with the border here, and smaller there.
-5. The network is this project's DeepLabv3+ with a ResNet-50; the release's is a ResNet-101 (on
-   Cityscapes ResNet-50, too) whose stem has three 3x3 convolutions. Neither drops features outside
-   step 4; on the built-in set dropout is 0.1, as for the other methods.
+   first two steps have the same.
+5. The last result counts here; the release reports the best on the validation images. A class that
+   is in neither prediction nor target is left out of the mean here; there it counts as 0. The last
+   sliding windows are flush with the border here; there they are cut off at it.
 6. The blur is torchvision's, 13 pixels wide; the release's is PIL's, which approximates a Gaussian
    by repeated box filters.
-7. --complementary is an experiment after UniMatch V2 (arXiv:2410.10777), which trains a vision
-   transformer with an averaged teacher. Instead of dropping features for p_fp, the two strong views
-   drop complementary channels: m·features and (2-m)·features, m = 0 or 2, on a random half of the
-   images. L = ½·(L_x + L_s). There all features have as many channels and share m; here the two
-   kinds have their own.
+7. The network is this project's DeepLabv3+ with a ResNet-50; the release's is a ResNet-101 (on
+   Cityscapes ResNet-50, too) whose stem has three 3x3 convolutions. Its head has no dropout of its
+   own, nor has ours, but on the built-in set it has 0.1, as with the other methods.
+8. --complementary is an experiment after UniMatch V2 (arXiv:2410.10777), which trains a vision
+   transformer with an averaged teacher and mixes each image with another one of its batch. Instead
+   of dropping features for p_fp, the two strong views drop complementary channels: m·features and
+   (2-m)·features, m = 0 or 2, on a random half of the images. L = ½·(L_s + L_strong). There all
+   features have as many channels and share m; here the two kinds have their own.
 
     python unimatch.py                                       # built-in data, a CPU, under 2 minutes
     python unimatch.py --fixmatch --data voc --data-dir VOCdevkit --split 183 --amp bf16
@@ -176,29 +184,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__, PRESETS)
     add_flags(parser)
     given, _ = parser.parse_known_args(argv)
+    check_together(given, parser)
+    views = 1 if given.fixmatch or not given.second_view else 2
+    parser.set_defaults(views=views)  # by which `cli` counts memory, too
     args = cli.finish(parser, PRESETS, method_name(given), argv)
-    check(args, parser)
-    # What the flags amount to.
-    args.views = 2 if args.second_view and not args.fixmatch else 1
-    args.features = args.fp and not args.fixmatch and not args.complementary
+    if not (0 <= args.conf_thresh <= 1 and 0 <= args.feature_dropout < 1):
+        parser.error("--conf-thresh lies in [0,1], --feature-dropout in [0,1)")
+    if args.fixmatch or args.complementary:
+        args.fp = False
+    args.second_view = args.views == 2
     return args
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of UniMatch."""
-    parser.set_defaults(views=2)  # at most: `cli` counts the loader's memory by it
     group = parser.add_argument_group("UniMatch")
     group.add_argument(
         "--fixmatch", action="store_true", help="FixMatch: one strong view, no dropped features"
     )
     group.add_argument(
-        "--no-fp",
-        dest="fp",
-        action="store_false",
-        help="without L_fp, the loss from dropped features",
+        "--no-fp", dest="fp", action="store_false", help="no loss from dropped features"
     )
     group.add_argument(
-        "--no-second-view", dest="second_view", action="store_false", help="one strong view"
+        "--no-second-view",
+        dest="second_view",
+        action="store_false",
+        help="one strong view instead of two",
     )
     group.add_argument(
         "--conf-thresh",
@@ -216,12 +227,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--complementary",
         action="store_true",
-        help="experiment: the strong views drop complementary channels, instead of L_fp",
+        help="experiment: instead of that loss, the strong views drop complementary channels",
     )
     group.add_argument(
         "--partner-as-released",
         action="store_true",
-        help="mix with another crop of the same image",
+        help="mix each image with another crop of itself, as the release does "
+        "(default: with another image)",
     )
 
 
@@ -232,16 +244,20 @@ def method_name(given: argparse.Namespace) -> str:
         "nofp": not given.fp,
         "oneview": not given.second_view,
         "complementary": given.complementary,
+        "samepartner": given.partner_as_released,
     }
     return "-".join(["unimatch", *(name for name, chosen in parts.items() if chosen)])
 
 
-def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Refuse values that cannot work; argparse prints one line and exits with 2."""
-    if not (0 <= args.conf_thresh <= 1 and 0 <= args.feature_dropout < 1):
-        parser.error("--conf-thresh lies in [0,1], --feature-dropout in [0,1)")
-    if args.complementary and (args.fixmatch or not args.second_view):
-        parser.error("--complementary needs both strong views")
+def check_together(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse flags that leave nothing of each other; argparse prints one line and exits with 2."""
+    less = not given.fp or not given.second_view
+    if given.fixmatch and (less or given.complementary):
+        parser.error("--fixmatch goes without --no-fp, --no-second-view and --complementary")
+    if not given.fp and not given.second_view:
+        parser.error("--no-fp --no-second-view is --fixmatch")
+    if given.complementary and less:
+        parser.error("--complementary needs both strong views and has no --no-fp")
 
 
 def add_strong_views(sample: dict, item: Item, views: int) -> dict:
@@ -326,6 +342,19 @@ def confident_labels(
     return found.label, found.kept
 
 
+@torch.no_grad()
+def label_partner(network: nn.Module, partner: dict, threshold: float) -> Tensor:
+    """Step 2: ŷ', (N,H,W) uint8, 255 where it is not kept.
+
+    The network is in eval mode meanwhile, as released; BatchNorm's averages do not see x'_w.
+    """
+    valid_mask = partner["valid_mask"]
+    network.eval()
+    logits = network(normalise(partner["image"], valid_mask))
+    network.train()
+    return confident_labels(logits, valid_mask, threshold)[0]
+
+
 def consistency_loss(logits: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:
     """Step 6: CE of the pixels that have a label, divided by the number of all valid pixels.
 
@@ -361,9 +390,9 @@ def mixed_views(
     for view in range(1, args.views + 1):
         mask = small_box_masks(count, size, args.seed, iteration, view, valid.device)
         strong = normalise(batch[f"image_strong_{view}"], valid)
-        strong_p = normalise(partner[f"image_strong_{view}"], partner["valid_mask"])
+        strong_partner = normalise(partner[f"image_strong_{view}"], partner["valid_mask"])
         masks.append(mask)
-        images.append(mix(mask, strong_p, strong))
+        images.append(mix(mask, strong_partner, strong))
     return masks, images
 
 
@@ -382,48 +411,45 @@ def train_step(
         batch_l: labelled images.
         batch_u, partner: unlabelled images with their strong views; those to be mixed in.
         iteration: iterations done, for the boxes.
-        args: `views`, `features`, `complementary`, `conf_thresh`, `feature_dropout`, `ohem`,
-            `seed`.
+        args: `views`, `fp`, `complementary`, `conf_thresh`, `feature_dropout`, `ohem`, `seed`.
     """
     # 1. Images, normalised on the device, (N,3,H,W).
     images_l, target_l = normalise(batch_l["image"], batch_l["valid_mask"]), batch_l["target"]
-    valid, valid_p = batch_u["valid_mask"], partner["valid_mask"]
-    weak, weak_p = normalise(batch_u["image"], valid), normalise(partner["image"], valid_p)
+    valid, valid_partner = batch_u["valid_mask"], partner["valid_mask"]
+    weak = normalise(batch_u["image"], valid)
 
-    # 2. ŷ' = argmax p'_w where max p'_w >= τ, else 255, in eval mode
-    network.eval()
-    with torch.no_grad():
-        pseudo_p, _ = confident_labels(network(weak_p), valid_p, args.conf_thresh)
-    network.train()
+    # 2. ŷ' = argmax p'_w where max p'_w >= τ, else 255
+    pseudo_partner = label_partner(network, partner, args.conf_thresh)
 
     # 3. x_k = M_k·s_k' + (1-M_k)·s_k
     masks, mixed = mixed_views(batch_u, partner, iteration, args)
 
     # 4. p_l and p_w in one pass, p_fp from their features with dropped channels; p_1 and p_2
     both = torch.cat([images_l, weak])
-    if args.features:
+    if args.fp:
         clean, dropped = network(both, dropout=args.feature_dropout)
     else:
         clean = network(both)
     logits_l, logits_w = clean.split([len(images_l), len(weak)])
-    logits_s = network(torch.cat(mixed), complementary=args.complementary).chunk(args.views)
+    logits_strong = network(torch.cat(mixed), complementary=args.complementary).chunk(args.views)
 
-    # 5. ŷ, and y_k = M_k·ŷ' + (1-M_k)·ŷ
+    # 5. ŷ = argmax p_w where max p_w >= τ, else 255;  ŷ_k = M_k·ŷ' + (1-M_k)·ŷ
     pseudo, kept = confident_labels(logits_w, valid, args.conf_thresh)
-    targets = [mix(mask, pseudo_p, pseudo) for mask in masks]
-    valids = [mix(mask, valid_p, valid) for mask in masks]
+    targets = [mix(mask, pseudo_partner, pseudo) for mask in masks]
+    valids = [mix(mask, valid_partner, valid) for mask in masks]
 
-    # 6. L_x and L_s = ½·(mean CE(p_1, y_1) + mean CE(p_2, y_2))
+    # 6. L_s, and L_strong = ½·(mean CE(p_1, ŷ_1) + mean CE(p_2, ŷ_2))
     loss_sup = labelled_loss(logits_l, target_l, args.ohem)
-    loss_strong = sum(map(consistency_loss, logits_s, targets, valids)) / args.views
+    loss_strong = sum(map(consistency_loss, logits_strong, targets, valids)) / args.views
     losses = {"loss_sup": loss_sup, "loss_strong": loss_strong}
     loss_unsup = loss_strong
-    if args.features:
+    if args.fp:
         # L_fp = mean CE(p_fp, ŷ)
-        losses["loss_feature"] = consistency_loss(dropped[len(images_l) :], pseudo, valid)
+        logits_fp = dropped[len(images_l) :]
+        losses["loss_feature"] = consistency_loss(logits_fp, pseudo, valid)
         loss_unsup = 0.5 * losses["loss_feature"] + 0.5 * loss_strong
 
-    # 7. L = ½·(L_x + ½·L_fp + ½·L_s)
+    # 7. L = ½·(L_s + ½·L_fp + ½·L_strong)
     loss = 0.5 * (loss_sup + loss_unsup)
     confident = add_up(kept) / add_up(valid.sum()).clamp_min(1)
     return {"loss": loss, **losses, "confident": confident}
@@ -441,7 +467,7 @@ def main(args: argparse.Namespace) -> None:
     strong = functools.partial(add_strong_views, views=args.views)
     labelled = run.batches(data.labelled, stream=0)
     unlabelled = run.batches(data.unlabelled, stream=1, strong=strong)
-    order = 1 if args.partner_as_released else 2
+    order = 1 if args.partner_as_released else None  # the images of stream 1, in other windows
     partners = run.batches(data.unlabelled, stream=2, strong=strong, order=order)
     for iteration, batches in run.iterations(labelled, unlabelled, partners):
         if run.evaluates():

@@ -107,7 +107,7 @@ def pseudo_label_reference(
         if with_entropy:
             entropy[some] = (total.log() - weighted_sum / total).clamp_min(0)
         if threshold is not None:
-            dropped = sure < threshold
+            dropped = ~(sure >= threshold)  # so that NaN is no confidence
             if valid_mask is not None:
                 dropped |= ~valid_mask[some]
             label[some].masked_fill_(dropped, IGNORE)

@@ -26,7 +26,7 @@ def logits_of(probs: list) -> torch.Tensor:
 
 def test_cross_supervision_by_hand():
     learner = logits_of([0.9, 0.2, 0.6, 0.5]).requires_grad_()
-    pseudo = cps.pseudo_of(logits_of([0.8, 0.7, 0.4, 0.3]), (2, 2))
+    pseudo = cps.pseudo_of(logits_of([0.8, 0.7, 0.4, 0.3]), (2, 2), soft=True)
     assert pseudo.label.tolist() == [[[1, 1], [0, 0]]]
     valid_mask = torch.tensor([[[True, True], [True, False]]])
     loss = cps.cps_loss(learner, pseudo, valid_mask)
@@ -39,7 +39,7 @@ def test_cross_supervision_by_hand():
 
 def test_soft_cross_supervision_by_hand():
     learner = logits_of([0.9, 0.2, 0.6, 0.5]).requires_grad_()
-    pseudo = cps.pseudo_of(logits_of([0.8, 0.7, 0.4, 0.3]), (2, 2))
+    pseudo = cps.pseudo_of(logits_of([0.8, 0.7, 0.4, 0.3]), (2, 2), soft=True)
     valid_mask = torch.tensor([[[True, True], [True, False]]])
     loss = cps.cpc_loss(learner, pseudo, valid_mask)
     assert loss.item() == pytest.approx(2 * (0.1**2 + 0.5**2 + 0.2**2) / 3, rel=1e-5)

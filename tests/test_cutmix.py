@@ -113,7 +113,7 @@ def test_class_masks_choose_half_of_the_classes_whole_and_never_what_is_ignored(
     assert len(found) == 3  # each single class, or each pair, comes in its turn
 
 
-def test_the_new_masks_do_not_depend_on_the_number_of_processes(monkeypatch):
+def test_small_boxes_and_class_masks_do_not_depend_on_the_number_of_processes(monkeypatch):
     labels = torch.randint(0, 12, (8, 6, 6), dtype=torch.uint8)
     boxes = small_box_masks(8, 32, seed=2, iteration=5, view=1, device=CPU)
     classes = class_masks(labels, 12, seed=2, iteration=5)

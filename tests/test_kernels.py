@@ -1160,7 +1160,8 @@ def test_the_usual_step_calls_no_kernel(method, monkeypatch):
     monkeypatch.setattr(step, "time_cpu", call_once)
     step.compare_steps(method, torch.device("cpu"))
     usual, with_kernels = calls[0::2], calls[1::2]
-    assert usual == [0, 0] and min(with_kernels) >= 2
+    least = {"mean_teacher": 2, "cutmix_seg": 2}.get(method, 4)
+    assert usual == [0, 0] and min(with_kernels) >= least
 
 
 def note_call(called, function, *args, **options):

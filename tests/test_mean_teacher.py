@@ -320,15 +320,6 @@ def test_pasted_true_labels_weigh_one_and_the_rest_the_share_of_confident_pixels
     torch.testing.assert_close(measured["loss_unsup"], (weight * ce).mean())
 
 
-def test_an_image_that_is_mixed_with_itself_is_itself(monkeypatch):
-    """Whatever the mask: labels and images are mixed alike."""
-    _, before, _, batch_l, (u0, _), args = one_step("--classmix")
-    student, teacher = before["student"], before["teacher"].eval()
-    mean_teacher.classmix_step(student, teacher, batch_l, [u0, u0], 1.0, ITERATION, args)
-    shown = student.seen[-1][0]
-    torch.testing.assert_close(shown, normalise(u0["image"], u0["valid_mask"]))
-
-
 @pytest.mark.parametrize("flags", [("--cutmix", "--classmix"), ("--colour-jitter",)])
 def test_flags_that_do_not_go_together_are_refused(flags):
     with pytest.raises(SystemExit):

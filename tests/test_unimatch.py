@@ -69,10 +69,17 @@ def test_unsure_pixels_count_in_the_mean_only_and_padded_ones_nowhere():
         (("--complementary",), 2, (1 / 2, 1 / 2, 0)),
     ],
 )
-def test_the_weights_of_the_losses(flags, views, weights):
-    args = parse("--conf-thresh", "0.09", *flags)
-    measured = unimatch.train_step(network().train(), *batches(args), 0, args)
+def test_the_weights_of_the_losses(flags, views, weights, monkeypatch):
+    args, options = parse("--conf-thresh", "0.09", *flags), []
+    net = network().train()
+    forward = net.forward
+    monkeypatch.setattr(
+        net, "forward", lambda *given, **named: options.append(named) or forward(*given, **named)
+    )
+    measured = unimatch.train_step(net, *batches(args), 0, args)
     assert args.views == views
+    assert options[0] == {} and options[1] == ({"dropout": 0.5} if weights[2] else {})
+    assert options[2] == {"complementary": args.complementary}
     assert ("loss_feature" in measured) == (weights[2] > 0)
     losses = [measured["loss_sup"], measured["loss_strong"], measured.get("loss_feature", 0)]
     total = sum(weight * loss for weight, loss in zip(weights, losses))
@@ -121,15 +128,26 @@ def test_labels_teach_the_views_and_the_views_not_the_labels():
 # ------------------------------------------------------------------------------ perturbed features
 
 
-def test_without_dropping_both_logits_are_alike_and_with_it_the_clean_ones_stay():
+def test_without_dropping_both_logits_are_alike_and_with_it_the_clean_ones_stay(monkeypatch):
     net, images = network().eval(), torch.randn(2, 3, 32, 32)
     plain = net(images)
     clean, same = net(images, dropout=0.0)
     torch.testing.assert_close(clean, plain)
     torch.testing.assert_close(same, plain)
+
+    widths = []
+
+    def drop(features: torch.Tensor, rate: float, *others) -> torch.Tensor:
+        if rate:  # that of the head is 0
+            widths.append((features.shape[1], rate))
+        return dropout2d(features, rate, *others)
+
+    dropout2d = torch.nn.functional.dropout2d
+    monkeypatch.setattr(unimatch.F, "dropout2d", drop)
     clean, dropped = net(images, dropout=0.5)
     torch.testing.assert_close(clean, plain)
     assert (dropped - plain).abs().max() > 0.1 * plain.abs().max()
+    assert widths == [(24, 0.5), (96, 0.5)]  # both kinds of features of `tiny`
 
 
 def test_complementary_masks_add_up_and_leave_half_of_the_images_whole():
@@ -174,7 +192,7 @@ def test_the_partner_is_another_image_and_as_released_the_same_in_another_window
 def test_images_and_labels_are_mixed_by_the_same_boxes(monkeypatch):
     """The network sees s_k' inside M_k; the targets there are the partner's labels."""
     args = parse("--conf-thresh", "0.09")
-    made, seen, learnt = [], [], []
+    made, seen, learnt, labelled = [], [], [], []
 
     def boxes(*given) -> torch.Tensor:
         made.append(small_box_masks(*given))
@@ -189,8 +207,14 @@ def test_images_and_labels_are_mixed_by_the_same_boxes(monkeypatch):
         learnt.append((target, valid_mask))
         return consistency_loss(logits, target, valid_mask)
 
+    def label(*given) -> tuple:
+        labelled.append(confident_labels(*given))
+        return labelled[-1]
+
     net = network().train()
     forward, consistency_loss = net.forward, unimatch.consistency_loss
+    confident_labels = unimatch.confident_labels
+    monkeypatch.setattr(unimatch, "confident_labels", label)
     monkeypatch.setattr(net, "forward", note)
     monkeypatch.setattr(unimatch, "small_box_masks", boxes)
     monkeypatch.setattr(unimatch, "consistency_loss", loss)
@@ -206,9 +230,12 @@ def test_images_and_labels_are_mixed_by_the_same_boxes(monkeypatch):
         expected = torch.where(mask, partner["valid_mask"], batch["valid_mask"])
         assert torch.equal(valid, expected)
         assert (target[~valid] == IGNORE).all()
-    pseudo = learnt[2][0]  # of L_fp, unmixed
+    (pseudo_partner, _), (pseudo, _) = labelled
+    assert not torch.equal(pseudo, pseudo_partner)
     for mask, (target, _) in zip(made, learnt):
+        assert torch.equal(target[mask], pseudo_partner[mask])
         assert torch.equal(target[~mask], pseudo[~mask])
+    assert torch.equal(learnt[2][0], pseudo)  # of L_fp, unmixed
 
 
 def test_the_partner_is_labelled_in_eval_mode_and_the_network_left_in_train_mode(monkeypatch):
@@ -231,7 +258,7 @@ def test_a_run_learns_and_is_named_after_its_method(begin, train):
     assert not torch.equal(kept["classifier.weight"], start["classifier.weight"])
     assert parse().output_dir == "runs/unimatch-shapes-1-8-seed0"
     assert parse("--fixmatch").output_dir == "runs/unimatch-fixmatch-shapes-1-8-seed0"
-    assert parse("--no-fp", "--no-second-view").method == "unimatch-nofp-oneview"
+    assert parse("--no-fp", "--partner-as-released").method == "unimatch-nofp-samepartner"
 
 
 @pytest.mark.parametrize(
@@ -239,7 +266,9 @@ def test_a_run_learns_and_is_named_after_its_method(begin, train):
     [
         (("--conf-thresh", "1.5"), "--conf-thresh lies in [0,1]"),
         (("--feature-dropout", "1"), "--feature-dropout in [0,1)"),
-        (("--complementary", "--fixmatch"), "--complementary needs both strong views"),
+        (("--complementary", "--no-second-view"), "--complementary needs both strong views"),
+        (("--fixmatch", "--no-fp"), "--fixmatch goes without"),
+        (("--no-fp", "--no-second-view"), "is --fixmatch"),
     ],
 )
 def test_what_cannot_work_is_refused(flags, message, capsys):
