@@ -1,7 +1,10 @@
 """Steps and losses of a run, and two processes against one."""
 
+import copy
+import functools
 import math
 import warnings
+from types import ModuleType
 
 import pytest
 import torch
@@ -9,17 +12,19 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import cps
+import mean_teacher
+import unimatch
 from common import runtime
 from common.deeplabv3plus import DeepLabV3Plus
 from common.distributed import add_up, world_size
 from common.evaluate import evaluate
-from common.run import Run
+from common.run import Run, sgd
 
 
-def cps_run(folder, *flags: str) -> Run:
-    """A run of CPS on small crops, in an empty folder; its loop is up to the caller."""
+def begun(script: ModuleType, folder, *flags: str) -> Run:
+    """A run of a script on small crops, in an empty folder; its loop is up to the caller."""
     small = ["--crop-size", "32", "--dropout", "0", "--device", "cpu", "--output-dir", str(folder)]
-    return Run(cps.parse_args([*small, *flags]))
+    return Run(script.parse_args([*small, *flags]))
 
 
 def test_a_loss_that_is_not_finite_names_iteration_and_images(begin):
@@ -47,31 +52,80 @@ def test_a_first_step_that_fp16_leaves_out_counts_and_does_not_warn(begin):
 # ----------------------------------------------------------------------------------- two processes
 
 
-def one_step(folder, rank: int, flags: list[str], batch: int) -> dict:
-    """Loss, gradient and BatchNorm's statistics after a real CPS step, and an evaluation."""
-    run = cps_run(folder, "-b", str(batch), *flags)
+def first_batches(run: Run, rank: int, streams: tuple[int, ...], strong=None) -> list[dict]:
+    """The first batch of each stream; the processes have different numbers of valid pixels."""
+    items = (run.data.labelled, run.data.unlabelled, run.data.unlabelled)
+    batches = [
+        next(iter(run.batches(items[stream], stream, strong if stream else None)))
+        for stream in streams
+    ]
+    if rank == 0:
+        batches[0]["target"][0, :20] = 255
+    return batches
+
+
+def cps_step(run: Run, rank: int) -> tuple[dict, dict]:
+    """Networks and measures of a step of CPS."""
     args, data = run.args, run.data
     networks = {
         name: run.place(DeepLabV3Plus.from_settings(args, data.num_classes)) for name in ("1", "2")
     }
-    f1, f2 = (run.parallel(network) for network in networks.values())
-    parameters = [p for network in networks.values() for p in network.parameters()]
-    streams = (0, 1, 2) if args.cutmix else (0, 1)
-    items = (data.labelled, data.unlabelled, data.unlabelled)
-    batch_l, *batches_u = (
-        next(iter(run.batches(part, stream))) for part, stream in zip(items, streams)
-    )
-    if rank == 0:
-        batch_l["target"][0, :20] = 255  # processes with different numbers of valid pixels
-    measured = cps.train_step(f1, f2, batch_l, batches_u, 0, args, data.background)
-    run.step(measured["loss"], torch.optim.SGD(parameters, lr=0.0))
+    trained = [run.parallel(network) for network in networks.values()]
+    batch_l, *batches_u = first_batches(run, rank, (0, 1, 2) if args.cutmix else (0, 1))
+    measured = cps.train_step(*trained, batch_l, batches_u, 0, args, data.background)
+    run.step(measured["loss"], sgd([*networks.values()], args))
+    return networks, measured
 
+
+def unimatch_step(run: Run, rank: int) -> tuple[dict, dict]:
+    """Network and measures of a step of UniMatch."""
+    network = run.place(unimatch.Network.from_settings(run.args, run.data.num_classes))
+    trained = run.parallel(network)
+    strong = functools.partial(unimatch.add_strong_views, views=run.args.views)
+    batches = first_batches(run, rank, (0, 1, 2), strong)
+    measured = unimatch.train_step(trained, *batches, 0, run.args)
+    run.step(measured["loss"], sgd([network], run.args))
+    return {"1": network}, measured
+
+
+def classmix_step(run: Run, rank: int) -> tuple[dict, dict]:
+    """Student and measures of a step of ClassMix."""
+    args = run.args
+    student = run.place(DeepLabV3Plus.from_settings(args, run.data.num_classes))
+    teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    trained = run.parallel(student)
+    batch_l, *batches_u = first_batches(run, rank, (0, 1))
+    measured = mean_teacher.classmix_step(trained, teacher, batch_l, batches_u, 1.0, 0, args)
+    run.step(measured["loss"], sgd([student], args))
+    return {"1": student}, measured
+
+
+SURE_OF_LITTLE = ["--conf-thresh", "0.1"]  # as an untrained network is
+STEPS = {  # name -> script, flags, step
+    "CPS": (cps, [], cps_step),
+    "CPS without CutMix": (cps, ["--no-cutmix"], cps_step),
+    "CPC": (cps, ["--soft"], cps_step),
+    "UniMatch": (unimatch, [*SURE_OF_LITTLE, "--feature-dropout", "0"], unimatch_step),
+    "ClassMix": (mean_teacher, [*SURE_OF_LITTLE, "--classmix", "labelled"], classmix_step),
+}
+
+
+def one_step(folder, rank: int, name: str, batch: int) -> dict:
+    """Losses, gradient and BatchNorm's statistics after a real step, and an evaluation."""
+    script, flags, step = STEPS[name]
+    run = begun(script, folder, "-b", str(batch), "--lr", "1e-30", *flags)
+    networks, measured = step(run, rank)
     gradients, statistics = {}, {}
-    for name, network in networks.items():
-        gradients |= {f"{name}.{key}": p.grad.clone() for key, p in network.named_parameters()}
-        statistics |= {f"{name}.{key}": value.clone() for key, value in network.named_buffers()}
+    for key, network in networks.items():
+        gradients |= {f"{key}.{part}": p.grad.clone() for part, p in network.named_parameters()}
+        statistics |= {f"{key}.{part}": value.clone() for part, value in network.named_buffers()}
+    data, args = run.data, run.args
     return {
-        "loss": add_up(measured["loss"].detach()) / world_size(),
+        "losses": {
+            key: add_up(value.detach()) / world_size()
+            for key, value in measured.items()
+            if key != "overlap"  # of this process alone
+        },
         "gradients": gradients,
         "statistics": statistics,
         "matrix": evaluate({"n": networks["1"]}, data.val[:33], data, args)["n"].confusion_matrix,
@@ -86,21 +140,21 @@ def meet(rank: int, folder: str) -> None:
     )
 
 
-def step_worker(rank: int, flags: list[str], folder: str) -> None:
+def step_worker(rank: int, name: str, folder: str) -> None:
     meet(rank, folder)
-    torch.save(one_step(f"{folder}/two", rank, flags, batch=2), f"{folder}/{rank}.pt")
+    torch.save(one_step(f"{folder}/two", rank, name, batch=2), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("flags", [[], ["--no-cutmix"], ["--soft"]])
-def test_two_processes_do_what_one_does_with_the_doubled_batch(
-    flags: list[str], tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("name", STEPS)
+def test_two_processes_do_what_one_does_with_the_doubled_batch(name: str, tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "catch_signals", lambda: None)  # in this process
-    mp.spawn(step_worker, (flags, str(tmp_path)), nprocs=2)
+    mp.spawn(step_worker, (name, str(tmp_path)), nprocs=2)
     two = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    one = one_step(tmp_path / "one", 0, flags, batch=4)
-    torch.testing.assert_close(two[0]["loss"], one["loss"], rtol=1e-5, atol=0)
+    one = one_step(tmp_path / "one", 0, name, batch=4)
+    assert all(value > 0 for value in one["losses"].values())
+    for key, value in one["losses"].items():
+        torch.testing.assert_close(two[0]["losses"][key], value, rtol=1e-5, atol=0)
     for name, gradient in one["gradients"].items():
         first, second = (part["gradients"][name] for part in two)
         assert torch.equal(first, second)
@@ -115,7 +169,7 @@ def test_two_processes_do_what_one_does_with_the_doubled_batch(
 
 def signals_worker(rank: int, folder: str) -> None:
     meet(rank, folder)
-    run = cps_run(f"{folder}/run")
+    run = begun(cps, f"{folder}/run")
     if rank == 1:
         runtime._arrived.append(15)
     answers = [run.signal() for _ in range(10)]
