@@ -95,7 +95,7 @@ SHAPES = {  # a small network with pretrained weights of its own, for a CPU
     "weights": "blots",
     "output_stride": 8,
     "dropout": 0.1,
-    "max_iters": 800,
+    "max_iters": 900,
     "batch_size": 8,
     "crop_size": 64,
     "scale": "0.75,1,1.25,1.5",
@@ -108,7 +108,7 @@ SHAPES = {  # a small network with pretrained weights of its own, for a CPU
     "unsup_weight": {"noise": 100.0, "cutmix": 1.0},
     "ramp_up": {"noise": 0.4, "cutmix": 0.0},
     "eval_window": 0,  # whole images
-    "eval_iters": 400,
+    "eval_iters": 450,
 }
 CAMVID = {
     "backbone": "resnet50",
