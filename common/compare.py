@@ -72,12 +72,14 @@ class Result(NamedTuple):
         best: mIoU of the best evaluation in percent.
         seconds: of training and evaluating all its networks.
         memory: MiB at the peak.
+        rarest: mIoU of the rarer half of the classes at the end; None where there are few classes.
     """
 
     last: float
     best: float
     seconds: float
     memory: int
+    rarest: float | None = None
 
 
 class Row(NamedTuple):
@@ -100,6 +102,12 @@ class Row(NamedTuple):
             if len(self.results) > 1
             else math.nan
         )
+
+    @property
+    def rarest(self) -> float | None:
+        """Mean over the seeds of the mIoU of the rarer half of the classes."""
+        found = [result.rarest for result in self.results]
+        return None if None in found else statistics.mean(found)
 
     @property
     def published(self) -> float | None:
@@ -134,13 +142,15 @@ def read_result(folder: Path) -> Result | None:
     )
     if not found:
         return None
-    seconds, memory = 0.0, 0
+    seconds, memory, rarest = 0.0, 0, None
     for part in parts(folder):
         with open(part / "metrics.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         seconds += float(rows[-1]["seconds"])
         memory = max(memory, *(int(row["peak_memory_mb"] or 0) for row in rows))
-    return Result(float(found[1]), float(found[2]), seconds, memory)
+        if part == folder and rows[-1].get("miou_rarest"):
+            rarest = round(100 * float(rows[-1]["miou_rarest"]), 2)
+    return Result(float(found[1]), float(found[2]), seconds, memory, rarest)
 
 
 def settings(script: str, flags: list[str]) -> argparse.Namespace:
@@ -232,8 +242,9 @@ def table(experiment: Experiment, rows: list[Row], args: argparse.Namespace) -> 
     splits = len({row.split for row in rows}) > 1
     seeds = [f"seed {seed}" for seed in range(args.seeds)]
     last = [f"{experiment.curve} at the end"] if experiment.curve else []
-    head = ["method", *(["split"] if splits else []), *seeds, "mean", "sd", "time", "memory"]
-    head += [*last, "published"]
+    rarest = ["rarest"] if all(row.rarest is not None for row in rows) else []
+    head = ["method", *(["split"] if splits else []), *seeds, "mean", "sd", *rarest]
+    head += ["time", "memory", *last, "published"]
     shares = ", ".join(dict.fromkeys(row.split for row in rows))
     lines = [
         f"{experiment.title}; {args.data}, {shares} labelled, {args.seeds} seeds, "
@@ -247,6 +258,7 @@ def table(experiment: Experiment, rows: list[Row], args: argparse.Namespace) -> 
         cells = [row.variant.label, *([row.split] if splits else [])]
         cells += [f"{result.last:.2f} ({result.best:.2f})" for result in row.results]
         cells += [f"{row.mean:.2f}", "-" if math.isnan(row.spread) else f"{row.spread:.2f}"]
+        cells += [f"{row.rarest:.2f}"] if rarest else []
         cells.append(minutes(statistics.mean(result.seconds for result in row.results)))
         cells.append(f"{max(result.memory for result in row.results)} MiB")
         cells += [last_value(row.folders, experiment.curve)] if experiment.curve else []
@@ -336,8 +348,11 @@ def write_reports(
     with open(args.output / f"{name}.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(
-            ["method", "command", "split", "seed", "miou_last", "miou_best", "seconds", "memory_mb"]
-        )
+            [
+                "method", "command", "split", "seed",
+                "miou_last", "miou_best", "seconds", "memory_mb", "miou_rarest",
+            ]
+        )  # fmt: skip
         for row in rows:
             for seed, result in enumerate(row.results):
                 writer.writerow([row.variant.label, row.variant.command, row.split, seed, *result])

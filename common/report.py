@@ -315,12 +315,17 @@ class Report:
         self.sums, self.counted = {}, 0
         return found
 
-    def evaluation(self, done: int, miou: float, measured: dict[str, float]) -> bool:
+    def evaluation(self, done: int, scores: Scores, measured: dict[str, float]) -> bool:
         """Record an evaluation: the result's mIoU and further measures, fractions all of them.
+
+        Where there are many classes, the mean over the rarer half is among them.
 
         Returns:
             Whether it is the best so far.
         """
+        miou = scores.miou
+        if len(scores.iou) > MANY_CLASSES:
+            measured = {"miou_rarest": scores.miou_of_rarest(len(scores.iou) // 2), **measured}
         better = miou > self.best
         self.best = max(self.best, miou)
         if distributed.is_main():

@@ -216,8 +216,8 @@ class Run:
             results: scores by network, those of the method's result among them.
             measured: what else was measured, shares all of it.
         """
-        miou = results[self.result].miou
-        if self.book.evaluation(self.done, miou, measured or {}) and distributed.is_main():
+        best = self.book.evaluation(self.done, results[self.result], measured or {})
+        if best and distributed.is_main():
             content = checkpoint.header(self.done, self.args, self.networks, self.result)
             checkpoint.write(content, self.checkpoint.with_name("best.pt"))
 

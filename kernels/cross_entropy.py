@@ -421,8 +421,6 @@ def cross_entropy(
         ValueError: shapes that do not fit, an unknown reduction or impl, "triton" without a GPU, or
             on a CPU a label outside the classes that is not `ignore_index`. On a GPU such a label
             does not count, and TRITON_DEBUG=1 catches it.
-            the classes that is not `ignore_index`. On a GPU such a label does not count, and
-            TRITON_DEBUG=1 catches it.
     """
     check_shapes(logits, target, pixel_weight, class_weight)
     if reduction not in ("mean", "sum", "none"):

@@ -1,5 +1,6 @@
 """The comparison of all methods: what it runs, reuses, resumes and refuses, and what it says."""
 
+import csv
 import importlib
 import json
 import math
@@ -43,6 +44,8 @@ def test_it_runs_reuses_and_reports(tmp_path, capfd):
     for label, folder in zip(("SupOnly", "CPS"), folders):
         value = (folder / "log.txt").read_text().rsplit("miou_last=", 1)[1].split()[0]
         assert f"| {label} | {value} (" in table
+        last = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))[-1]
+        assert f"| - | {100 * float(last['miou_rarest']):.2f} | " in table  # after sd
     assert len((tmp_path / "supervised+cps-1-8.csv").read_text().splitlines()) == 3
     for name in ("supervised+cps-1-8.png", "supervised+cps-1-8-predictions.png"):
         assert Image.open(tmp_path / name).width > 300
@@ -115,7 +118,7 @@ def test_flags_that_a_later_method_refuses_stop_the_comparison_before_its_first_
         here(*SHORT, "--methods", "supervised", "u2pl", "--output", tmp_path, *REST)
     out, err = capfd.readouterr()
     assert end.value.code == 2 and "started" not in out
-    assert "--warmup-iters 50: from 0 to below --max-iters" in err
+    assert "--warmup-iters 200: from 0 to below --max-iters" in err
 
 
 def test_an_error_ends_a_comparison_with_one_line(tmp_path):

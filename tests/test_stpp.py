@@ -125,7 +125,7 @@ def test_a_retraining_is_longer_than_the_first_training(monkeypatch):
         args.stage = stage
         with pytest.raises(Begun):
             stpp.train_network(args, None, [])
-    assert lengths == [800, 1600, 1600]
+    assert lengths == [900, 1800, 1800]
     assert stpp.parse_args(["--data", "voc", "--device", "cpu"]).retrain_times == 1
 
 

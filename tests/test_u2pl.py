@@ -317,8 +317,8 @@ def prepared(*flags: str, device: torch.device = CPU) -> SimpleNamespace:
     )
 
 
-def do_step(parts: SimpleNamespace, iteration: int, total: int = 800) -> dict[str, torch.Tensor]:
-    """A training step after the warm-up; 800 iterations are the preset of shapes."""
+def do_step(parts: SimpleNamespace, iteration: int, total: int = 900) -> dict[str, torch.Tensor]:
+    """A training step after the warm-up; 900 iterations are the preset of shapes."""
     given = (parts.student, parts.teacher, parts.bank, parts.batch_l, parts.batch_u)
     return u2pl.train_step(*given, iteration, total, parts.args)
 
@@ -453,17 +453,17 @@ def test_the_warm_up_of_voc_is_an_epoch_and_never_the_whole_run():
     with pytest.raises(InputError, match=refused):
         u2pl.warm_up_length(args, Schedule(args, 9259, processes=1))
     with pytest.raises(SystemExit):
-        u2pl.parse_args(["--max-iters", "40"])  # the warm-up of shapes is 50
+        u2pl.parse_args(["--max-iters", "200"])  # as many as the warm-up of shapes
 
 
 def test_ablation_flags_change_what_they_say():
     flags = ("--no-contrast", "--no-dpa", "--alpha0", "30", "--cutmix-prob", "0")
     parts = prepared(*flags)
     assert parts.student.representation is None
-    measured = do_step(parts, 799)
+    measured = do_step(parts, 899)
     assert measured["loss_contrast"] == 0
     assert measured["kept"].item() == pytest.approx(0.7, abs=0.005)
-    measured = do_step(prepared("--alpha0", "30"), 400)
+    measured = do_step(prepared("--alpha0", "30"), 450)
     assert measured["kept"].item() == pytest.approx(0.85, abs=0.005)
 
 
