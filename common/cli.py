@@ -399,7 +399,7 @@ def fill_workers(args: argparse.Namespace) -> None:
     if shared_memory() < worker_memory(args):
         note(
             f"/dev/shm has {shared_memory() / 1e6:.0f} MB: loading without worker processes, "
-            "slowly; a container needs --shm-size 2g or more"
+            f"slowly; a container needs --shm-size {shm_size(args)} or more"
         )
         args.workers = 0
 
@@ -430,6 +430,11 @@ def worker_memory(args: argparse.Namespace) -> float:
     workers = args.workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     pixels = args.batch_size * max(args.crop_size, 512) ** 2
     return 3 * 4 * workers * pixels * (5 + 3 * getattr(args, "views", 0))
+
+
+def shm_size(args: argparse.Namespace) -> str:
+    """What to give a container as --shm-size: whole gigabytes that hold the workers' batches."""
+    return f"{max(2, math.ceil(worker_memory(args) / 1e9))}g"
 
 
 def check(args: argparse.Namespace, top: argparse.ArgumentParser) -> None:
@@ -481,7 +486,7 @@ def check_machine(args: argparse.Namespace, top: argparse.ArgumentParser) -> Non
         top.error(
             f"-j {args.workers}: the workers need {worker_memory(args) / 1e6:.0f} MB of /dev/shm, "
             f"which has {shared_memory() / 1e6:.0f}; "
-            "use -j 0, or start the container with --shm-size 2g or more"
+            f"use -j 0, or start the container with --shm-size {shm_size(args)} or more"
         )
     try:
         device = torch.device(args.device)

@@ -99,6 +99,22 @@ def test_workers_need_shared_memory(monkeypatch, capsys):
     assert cps.parse_args([*command, "-j", "1"]).workers == 1
 
 
+def test_strong_views_need_memory_of_their_own(monkeypatch, capsys):
+    """Three bytes a pixel each, beside five."""
+    monkeypatch.setattr(cli, "shared_memory", lambda: math.inf)
+    city = ["--data", "cityscapes", "--weights", "none", "-j", "4"]
+    plain, one, two = (
+        cli.worker_memory(unimatch.parse_args([*city, *flags]) if script else cps.parse_args(city))
+        for script, flags in ((False, []), (True, ["--fixmatch"]), (True, []))
+    )
+    assert one / plain == pytest.approx(8 / 5 * (801 / 800) ** 2)
+    assert two / one == pytest.approx(11 / 8)
+    monkeypatch.setattr(cli, "shared_memory", lambda: 1e6)
+    with pytest.raises(SystemExit):
+        unimatch.parse_args(city)
+    assert "--shm-size 3g or more" in capsys.readouterr().err
+
+
 def test_epochs_give_the_papers_iterations():
     for split, labelled in (("1/16", 662), ("1/8", 1323), ("1/4", 2646), ("1/2", 5291)):
         args = cps.parse_args(["--data", "voc", "--split", split, "--weights", "none"])
