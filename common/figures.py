@@ -109,11 +109,15 @@ def grid(
 
 
 def legend(figure, data: DataSource) -> None:
-    """The classes' colours, below a figure."""
+    """The classes' colours, below a figure, in as many columns as its width holds."""
     colours = np.array(data.colours) / 255
     patches = [pyplot().Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
-    columns = min(len(data.classes), 7)
-    figure.legend(patches, data.classes, loc="outside lower center", ncols=columns, fontsize=8)
+    options = {"loc": "outside lower center", "fontsize": 8}
+    for columns in range(min(len(data.classes), 7), 0, -1):
+        drawn = figure.legend(patches, data.classes, ncols=columns, **options)
+        if columns == 1 or drawn.get_window_extent().width <= figure.bbox.width:
+            return
+        drawn.remove()
 
 
 # ---------------------------------------------------------------------------------- of every run

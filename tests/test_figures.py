@@ -4,6 +4,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from conftest import settings
 from PIL import Image
@@ -70,3 +71,14 @@ def test_a_contact_sheet_shows_images_above_their_masks(tmp_path, monkeypatch):
     names = [text.get_text() for text in shown[0].legends[0].get_texts()]
     assert names == list(shapes.CLASSES)
     figures.pyplot().close(shown[0])
+
+
+@pytest.mark.parametrize("width", [2.0, 5.4, 8.0])
+def test_a_legend_is_as_wide_as_its_figure_at_most(width: float):
+    """Found wrong once: below three narrow columns both its ends were cut off."""
+    figure = figures.pyplot().figure(figsize=(width, 2.0), layout="constrained")
+    figures.legend(figure, datasets.load(settings()))
+    (drawn,) = figure.legends
+    assert len(drawn.get_texts()) == 12
+    assert drawn.get_window_extent().width <= figure.bbox.width
+    figures.pyplot().close(figure)
