@@ -272,7 +272,8 @@ def reliable_pixels_figure(
         with evaluating([teacher]):
             logits = teacher(normalise(sample["image"][None].to(device_of(teacher))))
         size = sample["image"].shape[:2]
-        maps = pseudo_label(logits, size, with_confidence=True, with_entropy=True)
+        pixels = pseudo_label(logits, size, with_confidence=True, with_entropy=True)
+        maps = (pixels.label, pixels.confidence, pixels.entropy)
         found.append([part[0].cpu().numpy() for part in maps])
 
     everywhere = np.concatenate([entropy.ravel() for *_, entropy in found])
