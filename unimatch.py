@@ -222,7 +222,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.5,
         metavar="P",
-        help="chance of each channel to be dropped (default: 0.5)",
+        help="chance of each channel to be dropped for that loss (default: 0.5)",
     )
     group.add_argument(
         "--complementary",

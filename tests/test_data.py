@@ -925,7 +925,12 @@ def test_scale_rules():
         and factors.max() <= 2
     )
     assert isinstance(scale_rule("long:1-2"), LongSide)
-    for bad in ("big", "0", "long:5", "long:800-200", "500", "1,-2"):
+    rule = scale_rule("uniform:0.5-2")
+    factors = [rule(500, 400) for _ in range(400)]
+    assert 0.5 <= min(factors) < 0.52 and 1.98 < max(factors) <= 2
+    assert abs(sum(factors) / 400 - 1.25) < 4 * 1.5 / 12**0.5 / 400**0.5  # the mean of U(0.5, 2)
+    bad_uniform = ("uniform:2-1", "uniform:0-1", "uniform:1")
+    for bad in (*bad_uniform, "big", "0", "long:5", "long:800-200", "500", "1,-2"):
         with pytest.raises(InputError, match="--scale"):
             scale_rule(bad)
 
