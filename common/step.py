@@ -1,6 +1,6 @@
 """Time a whole training step with the kernels, and the usual way in their place.
 
-    python -m common.step cps|mean_teacher|cutmix_seg|u2pl [--device cpu]
+    python -m common.step cps [u2pl ...] [--amp off] [--compile] [--device cpu] [--csv FILE]
 
 Both ways train the same networks on the same random batch. The usual way interpolates the logits to
 full resolution and calls PyTorch's own functions there (`kernels/usual.py`).
@@ -9,10 +9,16 @@ For U2PL it also has the data structures of the released code: percentiles by Nu
 queues of keys in the host's memory, a loop over the classes, and a class's whole queue copied to
 the device to draw from it. Both ways take the same negatives, the paper's, at most as many new
 ones a class and step. Both start with full banks, whose memory on the device counts.
+
+ST's and ST++'s steps are that of `supervised`. On a GPU the share of our kernels in a step is
+printed, too: of the time that the GPU computes, by PyTorch's profiler.
 """
 
 import argparse
 import copy
+import csv
+import datetime
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -25,7 +31,9 @@ from torch import Tensor
 
 import cps
 import mean_teacher
+import supervised
 import u2pl
+import unimatch
 from common import losses
 from common.deeplabv3plus import DeepLabV3Plus
 from common.run import place
@@ -40,16 +48,30 @@ from kernels.usual import (
 
 CLASSES = 21  # of VOC
 LEARNING_RATE = 1e-3  # small: random labels are not to be learned
-MILLISECONDS, REPEATS = 5000, 5  # for how long a GPU, and how often a CPU, repeats a step
+MILLISECONDS, REPEATS = 1500, 5  # for how long a GPU, and how often a CPU, repeats a step
 
+# Names of our Triton kernels.
+KERNELS = {
+    name
+    for key, module in sys.modules.items()
+    if key.startswith("kernels.")
+    for name in vars(module)
+    if name.endswith("_kernel")
+}
 # What stands in a method's step for the usual way: (module, name, function).
 USUAL = {
+    "supervised": [(losses, "cross_entropy", usual_cross_entropy)],
     "cps": [
         (cps, "pseudo_label", usual_pseudo_label),
         (losses, "cross_entropy", usual_cross_entropy),
     ],
     "mean_teacher": [
         (mean_teacher, "soft_consistency", usual_soft_consistency),
+        (losses, "cross_entropy", usual_cross_entropy),
+    ],
+    "unimatch": [
+        (unimatch, "pseudo_label", usual_pseudo_label),
+        (unimatch, "cross_entropy", usual_cross_entropy),
         (losses, "cross_entropy", usual_cross_entropy),
     ],
     "u2pl": [
@@ -76,20 +98,26 @@ class Way(NamedTuple):
     bank: list[Tensor]
 
 
-def settings(method: str, device: torch.device) -> argparse.Namespace:
-    """The method's settings: on a GPU VOC's with crops of 512 pixels, on a CPU small ones."""
+def settings(method: str, asked: argparse.Namespace) -> argparse.Namespace:
+    """The method's settings: on a GPU VOC's with crops of 512 pixels, on a CPU small ones.
+
+    Args:
+        method: a key of `WAYS`.
+        asked: the command line.
+    """
+    device = torch.device(asked.device)
     cuda = device.type == "cuda"
     size, count, backbone = (512, 8, "resnet50") if cuda else (128, 2, "resnet18")
     flags = ["--data", "voc", "--weights", "none", "--backbone", backbone, "--max-iters", "1000"]
     flags += ["--crop-size", str(size), "-b", str(count)]
-    flags += ["--device", device.type, "--amp", "bf16" if cuda else "off"]
-    if method == "cps":
-        return cps.parse_args(flags)
-    if method == "mean_teacher":
-        return mean_teacher.parse_args(flags)
+    flags += ["--device", device.type, "--amp", asked.amp or ("bf16" if cuda else "off")]
+    flags += ["--compile"] if asked.compile else []
     if method == "cutmix_seg":
         return mean_teacher.parse_args([*flags, "--cutmix"])
-    return u2pl.parse_args([*flags, "--warmup-iters", "0"])
+    if method == "u2pl":
+        return u2pl.parse_args([*flags, "--warmup-iters", "0"])
+    scripts = {each.__name__: each for each in (supervised, cps, mean_teacher, unimatch)}
+    return scripts[method].parse_args(flags)
 
 
 def random_batch(args: argparse.Namespace, device: torch.device) -> dict[str, Tensor]:
@@ -104,11 +132,30 @@ def random_batch(args: argparse.Namespace, device: torch.device) -> dict[str, Te
     return {key: value.to(device) for key, value in batch.items()}
 
 
+def trained(network: torch.nn.Module, args: argparse.Namespace) -> torch.nn.Module:
+    """The callable to train through, as in `Run.parallel`."""
+    return torch.compile(network) if args.compile else network
+
+
 def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     """The optimiser's step."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
+
+
+def supervised_ways(args: argparse.Namespace, device: torch.device) -> tuple[Way, Way]:
+    """A step of SupOnly: the usual way, and with the kernels."""
+    network = place(DeepLabV3Plus.from_settings(args, CLASSES), args, device).train()
+    optimizer = torch.optim.SGD(network.parameters(), lr=LEARNING_RATE)
+    batch, network = random_batch(args, device), trained(network, args)
+
+    def step() -> Tensor:
+        loss = supervised.train_step(network, batch, args)["loss"]
+        update(optimizer, loss)
+        return loss
+
+    return Way(step, USUAL["supervised"], []), Way(step, [], [])
 
 
 def cps_ways(args: argparse.Namespace, device: torch.device) -> tuple[Way, Way]:
@@ -117,7 +164,7 @@ def cps_ways(args: argparse.Namespace, device: torch.device) -> tuple[Way, Way]:
         place(DeepLabV3Plus.from_settings(args, CLASSES), args, device).train() for _ in range(2)
     )
     optimizer = torch.optim.SGD([*f1.parameters(), *f2.parameters()], lr=LEARNING_RATE)
-    batch = random_batch(args, device)
+    batch, f1, f2 = random_batch(args, device), trained(f1, args), trained(f2, args)
 
     def step() -> Tensor:
         loss = cps.train_step(f1, f2, batch, [batch, batch], 0, args, background=0)["loss"]
@@ -133,7 +180,7 @@ def mean_teacher_ways(args: argparse.Namespace, device: torch.device) -> tuple[W
     teacher = copy.deepcopy(student).requires_grad_(False).train(not args.cutmix)
     optimizer = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
     batch = random_batch(args, device)
-    both = student, teacher, batch
+    both = trained(student, args), teacher, batch
 
     def step() -> Tensor:
         if args.cutmix:
@@ -146,6 +193,24 @@ def mean_teacher_ways(args: argparse.Namespace, device: torch.device) -> tuple[W
         return loss
 
     return Way(step, USUAL["mean_teacher"], []), Way(step, [], [])
+
+
+def unimatch_ways(args: argparse.Namespace, device: torch.device) -> tuple[Way, Way]:
+    """A step of UniMatch: the usual way, and with the kernels."""
+    network = place(unimatch.Network.from_settings(args, CLASSES), args, device).train()
+    optimizer = torch.optim.SGD(network.parameters(), lr=LEARNING_RATE)
+    batch, network = random_batch(args, device), trained(network, args)
+    views = {f"image_strong_{view}": batch["image"] for view in range(1, args.views + 1)}
+    unlabelled = {**batch, **views}
+    # Untrained networks are sure of nothing: every pixel has a label.
+    args.conf_thresh = 0.0
+
+    def step() -> Tensor:
+        loss = unimatch.train_step(network, batch, unlabelled, unlabelled, 0, args)["loss"]
+        update(optimizer, loss)
+        return loss
+
+    return Way(step, USUAL["unimatch"], []), Way(step, [], [])
 
 
 def u2pl_ways(args: argparse.Namespace, device: torch.device) -> tuple[Way, Way]:
@@ -164,8 +229,10 @@ def u2pl_ways(args: argparse.Namespace, device: torch.device) -> tuple[Way, Way]
         lists=list(bank.keys.float().cpu()), keys=bank.keys, filled=bank.filled
     )
 
+    learner = trained(student, args)
+
     def step(bank) -> Tensor:
-        measured = u2pl.train_step(student, teacher, bank, batch, batch, 0, args.max_iters, args)
+        measured = u2pl.train_step(learner, teacher, bank, batch, batch, 0, args.max_iters, args)
         update(optimizer, measured["loss"])
         u2pl.ema_update(teacher, student, args.ema_decay)
         return measured["loss"]
@@ -232,6 +299,8 @@ def usual_class_contrast(pixels: Tensor, positive: Tensor, queue: Tensor) -> Ten
 
 
 WAYS = {
+    "supervised": supervised_ways,
+    "unimatch": unimatch_ways,
     "cps": cps_ways,
     "mean_teacher": mean_teacher_ways,
     "cutmix_seg": mean_teacher_ways,
@@ -239,42 +308,91 @@ WAYS = {
 }
 
 
-def measure(way: Way, device: torch.device) -> tuple[float, int]:
-    """Median seconds of a step, and the bytes at its peak with those of the bank on the device."""
+class Found(NamedTuple):
+    """What was measured of a way.
+
+    Attributes:
+        seconds: median of a step.
+        low, high: its 20th and 80th percentile.
+        peak: bytes of a step's peak, with the bank's on the device.
+        share: of our kernels in the time that the GPU computes; None on a CPU.
+    """
+
+    seconds: float
+    low: float
+    high: float
+    peak: int
+    share: float | None
+
+
+def measure(way: Way, device: torch.device) -> Found:
+    """Time a way's step."""
     with ExitStack() as stack:
         for place_and_function in way.replaced:
             stack.enter_context(mock.patch.object(*place_and_function))
         if device.type == "cuda":
             timing = time_gpu(way.step, capture=False, milliseconds=MILLISECONDS)
-            peak = timing.peak
+            peak, share = timing.peak, share_of_kernels(way.step)
         else:
             timing = time_cpu(way.step, REPEATS)
-            peak = peak_cpu(way.step)
+            peak, share = peak_cpu(way.step), None
     bank = sum(keys.nbytes for keys in way.bank if keys.device.type == device.type)
-    return timing.median, peak + bank
+    return Found(timing.median, timing.low, timing.high, peak + bank, share)
 
 
-def compare_steps(method: str, device: torch.device) -> None:
-    """Time a training step of `method` both ways, twice in turn, and print what was found."""
-    args = settings(method, device)
+def share_of_kernels(step: Callable[[], Tensor]) -> float:
+    """The share of our Triton kernels in what a GPU computes in a step."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    ours = every = 0.0
+    for event in profile.key_averages():
+        every += event.self_device_time_total
+        if event.key in KERNELS:
+            ours += event.self_device_time_total
+    return ours / every
+
+
+def compare_steps(method: str, asked: argparse.Namespace) -> list[dict[str, object]]:
+    """Time a training step of `method` both ways, twice in turn, and print what was found.
+
+    Returns:
+        A row for each of the four, for a table.
+    """
+    args, device = settings(method, asked), torch.device(asked.device)
     torch.backends.cudnn.benchmark = device.type == "cuda"  # as in training
+    torch._dynamo.reset()
     torch.manual_seed(0)
     usual, kernels = WAYS[method](args, device)
 
     count, size = args.batch_size, args.crop_size
-    images = f"{count} + {count} images of {size} x {size}"
-    print(f"step of {method}: {args.backbone}, {images}, {device.type}")
-    found = {"usual": [], "kernels": []}
+    images = f"{count} + {count} images" if method != "supervised" else f"{count} images"
+    how = f"{device.type}, amp {args.amp}" + (", compiled" if args.compile else "")
+    print(f"step of {method}: {args.backbone}, {images} of {size} x {size}, {how}")
+    found: dict[str, list[Found]] = {"usual": [], "kernels": []}
     for _ in range(2):
         for name, way in (("usual", usual), ("kernels", kernels)):
-            seconds, peak = measure(way, device)
-            found[name].append((seconds, peak))
-            print(f"{name:14}{1e3 * seconds:9.1f} ms, peak {peak / 1e9:.3f} GB", flush=True)
-    time, memory = (
-        sum(usual) / sum(kernels)
-        for usual, kernels in zip(zip(*found["usual"]), zip(*found["kernels"]))
-    )
-    print(f"usual / kernels: time {time:.2f}, memory of step and bank {memory:.2f}")
+            found[name].append(measure(way, device))
+            print_measured(name, found[name][-1])
+    usual_times, times = ([each.seconds for each in found[name]] for name in found)
+    usual_peaks, peaks = ([each.peak for each in found[name]] for name in found)
+    time, memory = sum(usual_times) / sum(times), sum(usual_peaks) / sum(peaks)
+    print(f"usual / kernels: time {time:.2f}, memory of step and bank {memory:.2f}", flush=True)
+
+    settled = {"method": method, "backbone": args.backbone, "batch_size": count, "crop_size": size}
+    settled |= {"amp": args.amp, "compile": args.compile, "torch": torch.__version__}
+    settled |= {"device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU"}
+    settled |= {"date": datetime.date.today().isoformat()}
+    pairs = [(name, each) for name, several in found.items() for each in several]
+    return [settled | {"way": name} | each._asdict() for name, each in pairs]
+
+
+def print_measured(name: str, found: Found) -> None:
+    """A line."""
+    spread = f"{1e3 * found.low:.1f} to {1e3 * found.high:.1f}"
+    share = "" if found.share is None else f", our kernels {100 * found.share:.1f} %"
+    peak = f"peak {found.peak / 1e9:.3f} GB"
+    print(f"{name:14}{1e3 * found.seconds:9.1f} ms ({spread}), {peak}{share}", flush=True)
 
 
 def main() -> None:
@@ -283,13 +401,24 @@ def main() -> None:
         prog="python -m common.step",
         description="Time a whole training step with the kernels, and the usual way.",
     )
-    parser.add_argument("method", choices=list(WAYS))
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="(default: cuda)")
-    args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
+    add = parser.add_argument
+    add("methods", choices=list(WAYS), nargs="+", metavar="method", help=", ".join(WAYS))
+    add("--device", choices=["cuda", "cpu"], default="cuda", help="(default: cuda)")
+    add("--amp", choices=["off", "bf16", "fp16"], help="(default: bf16, on a CPU off)")
+    add("--compile", action="store_true", help="torch.compile the networks that are trained")
+    add("--csv", metavar="FILE", help="write a row a measurement there")
+    asked = parser.parse_args()
+    if asked.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device is visible: nothing timed (--device cpu times a small step)")
         return
-    compare_steps(args.method, torch.device(args.device))
+    rows = []
+    for method in asked.methods:
+        rows += compare_steps(method, asked)
+        if asked.csv:
+            with open(asked.csv, "w", newline="") as file:
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
 
 
 if __name__ == "__main__":

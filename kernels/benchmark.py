@@ -4,17 +4,23 @@ Each operation is checked first: every provider against the first one. Then ther
 each operation, shape and provider:
 
     eager      the usual way in PyTorch: interpolate, then torch's own functions at full resolution
-    compile    the same under torch.compile
-    triton     the kernel (on a CPU "torch", the reference)
+    autocast   the same as under autocast: logits of 16 bits are interpolated in 16 bits
+    compile    the first under torch.compile, mode "max-autotune-no-cudagraphs"
+    torch      the reference beside the kernel, which is what runs on a CPU
+    triton     the kernel
 
 A row gives
 - the median time of a call and its 20th and 80th percentiles;
 - the time from a CUDA graph, which the host's launches are not part of;
+- the time that the host needs to ask for a call, without waiting for the GPU;
 - the peak of the memory that the call allocates;
 - the bytes that the operation must move at least, and the share of the measured copy bandwidth that
   this makes;
 - the share of the bound by exponentials (16 a cycle and multiprocessor);
 - whether the operation meets its gate (bf16 on an H200).
+
+`--check` only compares, and times nothing. What disagrees with the first provider is named and not
+timed; the exit status is then 1.
 
 Gate, speed-up and shares go by the graph's time where there is one: what the GPU takes, without
 the host's calls, and with inputs that may still lie in the L2 cache. A share of the bandwidth may
@@ -48,6 +54,7 @@ from kernels import (
 )
 from kernels.timing import Machine, Timing, gpu_machine, time_cpu, time_gpu, triton_version
 from kernels.usual import (
+    autocast_cross_entropy,
     usual_contrast,
     usual_cross_entropy,
     usual_drop,
@@ -66,8 +73,8 @@ CPU_SHAPES = ["2x21x129x129:513x513", "4x11x48x48:192x192"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PERCENTILES = [5.0, 20.0, 40.0, 60.0, 80.0, 95.0]
 COLUMNS = [
-    "op", "shape", "dtype", "provider", "median_us", "p20_us", "p80_us", "graph_us", "speedup",
-    "peak_mb", "least_mb", "bandwidth_share", "exponentials_share", "gate_us", "gate",
+    "op", "shape", "dtype", "provider", "median_us", "p20_us", "p80_us", "graph_us", "host_us",
+    "speedup", "peak_mb", "least_mb", "bandwidth_share", "exponentials_share", "gate_us", "gate",
     "gpu", "driver", "torch", "triton", "date",
 ]  # fmt: skip
 
@@ -167,44 +174,50 @@ def contrast_inputs(classes: int, dtype: torch.dtype, device: torch.device) -> l
 
     On a CPU the bank has 2000 keys a class.
     """
-    generator = torch.Generator().manual_seed(0)
+    options = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     capacity = 30_000 if device.type == "cuda" else 2000
-    anchors = torch.randn(classes, 256, 256, generator=generator)
-    positives = torch.randn(classes, 256, generator=generator)
-    bank = F.normalize(torch.randn(classes, capacity, 256, generator=generator), dim=2).half()
-    size = (classes, 256, 50)
-    indices = torch.randint(0, capacity, size, generator=generator, dtype=torch.int32)
-    order = torch.arange(classes, dtype=torch.int32)
-    anchors = anchors.to(device, dtype).requires_grad_()
-    return [anchors, *(each.to(device) for each in (positives, bank, indices, order))]
+    anchors = torch.randn(classes, 256, 256, **options).to(dtype).requires_grad_()
+    positives = torch.randn(classes, 256, **options)
+    bank = F.normalize(torch.randn(classes, capacity, 256, **options), dim=2).half()
+    indices = torch.randint(0, capacity, (classes, 256, 50), dtype=torch.int32, **options)
+    return [anchors, positives, bank, indices, torch.arange(classes, device=device).int()]
 
 
 def providers(
     usual: Callable, kernel: Callable, *inputs, impl: str, compiled: bool = True, **options
 ) -> dict[str, Callable]:
     """The providers of an operation without gradient."""
-    eager = functools.partial(usual, *inputs, **options)
-    ours = functools.partial(kernel, *inputs, **options, impl=impl)
-    if not compiled or impl != "triton":
-        return {"eager": eager, impl: ours}
-    fast = functools.partial(torch.compile(usual, dynamic=False), *inputs, **options)
-    return {"eager": eager, "compile": fast, impl: ours}
+    found = {"eager": usual}
+    if impl == "triton" and compiled:
+        found["compile"] = compiled_usual(usual)
+    for each in ("torch", "triton")[: 2 if impl == "triton" else 1]:
+        found[each] = functools.partial(kernel, impl=each)
+    return {name: functools.partial(call, *inputs, **options) for name, call in found.items()}
 
 
-def both_ways(usual: Callable, kernel: Callable, *inputs: Tensor, impl: str) -> dict[str, Callable]:
+def both_ways(
+    usual: Callable, kernel: Callable, *inputs: Tensor, impl: str, autocast: Callable | None = None
+) -> dict[str, Callable]:
     """The providers of a loss with its gradient; only the loss is compiled."""
     losses = {"eager": usual}
-    if impl == "triton":
-        losses["compile"] = torch.compile(usual, dynamic=False)
-    losses[impl] = functools.partial(kernel, impl=impl)
+    if autocast:
+        losses["autocast"] = autocast
+    losses |= providers(usual, kernel, impl=impl)
     return {name: functools.partial(with_gradient, loss, *inputs) for name, loss in losses.items()}
+
+
+def compiled_usual(usual: Callable) -> Callable:
+    """The usual way at torch.compile's best; its CUDA graphs are left to the benchmark."""
+    return torch.compile(usual, dynamic=False, mode="max-autotune-no-cudagraphs")
 
 
 def cross_entropy_op(inputs: Inputs, gates: dict[str, float]) -> Op:
     """Cross-entropy with its gradient."""
     shape, logits = inputs.shape, inputs.logits
+    autocast = autocast_cross_entropy if logits.dtype.itemsize == 2 else None
+    pair = usual_cross_entropy, cross_entropy
     return Op(
-        both_ways(usual_cross_entropy, cross_entropy, logits, inputs.target, impl=inputs.impl),
+        both_ways(*pair, logits, inputs.target, impl=inputs.impl, autocast=autocast),
         least_bytes=2 * logits.nbytes + shape.pixels,
         exponentials=2 * shape.pixels * shape.c,
         gate_us=gates.get("cross_entropy"),
@@ -361,35 +374,48 @@ def tensors(result: object) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else [each for each in result if each is not None]
 
 
-def check(name: str, op: Op) -> None:
-    """Exit unless all providers agree with the first.
+def disagreement(found: object, expected: object, tolerance: float) -> str:
+    """What two providers' results differ in; empty where they agree.
 
     Labels may differ at ties, in one pixel of a thousand.
     """
-    expected = tensors(next(iter(op.providers.values()))())
+    for i, (one, other) in enumerate(zip(tensors(found), tensors(expected), strict=True)):
+        if other.dtype == torch.uint8:
+            wrong, limit = (one != other).double().mean().item(), 1e-3
+        else:
+            wrong = (one.double() - other.double()).abs().max().item()
+            limit = tolerance * max(other.double().abs().max().item(), 1e-30)
+        if not wrong <= limit:
+            return f"result {i} is off by {wrong:.2e}, more than {limit:.2e}"
+    return ""
+
+
+def agreeing(name: str, op: Op, wanted: list[str]) -> dict[str, Callable]:
+    """The wanted providers that agree with the first; the others are named."""
+    expected, found = None, {}
     for provider, function in op.providers.items():
-        for i, (found, wanted) in enumerate(zip(tensors(function()), expected, strict=True)):
-            if wanted.dtype == torch.uint8:
-                wrong = (found != wanted).double().mean().item()
-                limit = 1e-3
-            else:
-                wrong = (found.double() - wanted.double()).abs().max().item()
-                limit = op.tolerance * max(wanted.double().abs().max().item(), 1e-30)
-            if not wrong <= limit:
-                sys.exit(
-                    f"{name}: {provider}'s result {i} is off by {wrong:.2e}, more than {limit:.2e}"
-                )
+        if expected is not None and wanted and provider not in wanted:
+            continue
+        try:
+            result = function()
+            expected = result if expected is None else expected
+            reason = disagreement(result, expected, op.tolerance)
+        except RuntimeError as error:  # memory, or a compiler's
+            reason = str(error).splitlines()[0]
+        if reason:
+            print(f"{name}: {provider}: {reason}", flush=True)
+        elif not wanted or provider in wanted:
+            found[provider] = function
+    return found
 
 
 def rows_of(
-    name: str, op: Op, shape: Shape, dtype: str, wanted: list[str], machine: Machine, cuda: bool
+    name: str, op: Op, shape: Shape, dtype: str, right: dict[str, Callable], machine: Machine
 ) -> list[dict]:
-    """Check and time one operation: one row a provider."""
-    check(name, op)
+    """Time one operation: one row a provider."""
+    cuda = machine.gpu != "CPU"
     rows, eager = [], None
-    for provider, function in op.providers.items():
-        if wanted and provider not in wanted:
-            continue
+    for provider, function in right.items():
         capture = not (name == "percentile" and provider == "eager")  # that one goes to the host
         timing = time_gpu(function, capture) if cuda else time_cpu(function)
         if provider == "eager":
@@ -411,6 +437,7 @@ def times_of(timing: Timing) -> dict[str, str]:
         "p20_us": f"{1e6 * timing.low:.1f}",
         "p80_us": f"{1e6 * timing.high:.1f}",
         "graph_us": f"{1e6 * timing.graph:.1f}" if timing.graph else "",
+        "host_us": f"{1e6 * timing.host:.1f}" if timing.host else "",
         "peak_mb": "" if timing.peak is None else f"{timing.peak / 1e6:.1f}",
     }
 
@@ -450,6 +477,7 @@ PRINTED = {
     "p20_us": ("20 %", 11),
     "p80_us": ("80 %", 11),
     "graph_us": ("graph us", 10),
+    "host_us": ("host us", 9),
     "speedup": ("speedup", 9),
     "peak_mb": ("peak MB", 10),
     "gate": ("gate", 8),
@@ -483,8 +511,9 @@ def parse_args() -> argparse.Namespace:
     add("--dtype", choices=list(DTYPES), help="of the logits (default: bf16, on a CPU fp32)")
     shapes = f"(default: {' '.join(SHAPES)})"
     add("--shape", type=parse_shape, nargs="+", metavar="NxCxhxw:HxW", help=shapes)
-    every = "eager,compile,triton (default: all)"
+    every = "of eager,autocast,compile,torch,triton (default: all)"
     add("--provider", type=lambda text: text.split(","), default=[], help=every)
+    add("--check", action="store_true", help="compare the providers' results, time nothing")
     add("--csv", metavar="FILE", help="write the rows there, with machine and versions in each")
     add("--plot", metavar="FILE", help="draw the medians as bars")
     add("--device", choices=["cuda", "cpu"], default="cuda", help="(default: cuda)")
@@ -494,7 +523,8 @@ def parse_args() -> argparse.Namespace:
             "--op cross_entropy_full: on a CPU that is torch's own cross-entropy, "
             "nothing to compare"
         )
-    known = ["eager", "compile", "triton"] if args.device == "cuda" else ["eager", "torch"]
+    known = ["eager", "autocast", "torch"]
+    known += ["compile", "triton"] if args.device == "cuda" else []
     if not set(args.provider) <= set(known):
         given = ",".join(args.provider)
         parser.error(f"--provider {given}: of {','.join(known)} on {args.device}")
@@ -524,9 +554,10 @@ def main() -> None:
         print(f"{machine.gpu}, driver {machine.driver}, {versions}, {bandwidth}")
     else:
         print(f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print_row({column: title for column, (title, _) in PRINTED.items()})
+    if not args.check:
+        print_row({column: title for column, (title, _) in PRINTED.items()})
 
-    rows = []
+    rows, wrong = [], 0
     for shape in args.shape or map(parse_shape, SHAPES if cuda else CPU_SHAPES):
         torch._dynamo.reset()  # or the compiler gives up after eight shapes
         gates = gates_of(shape, dtype, machine)
@@ -534,14 +565,26 @@ def main() -> None:
         for name, operation in OPERATIONS.items():
             if args.op in ("all", name) and (cuda or name != "cross_entropy_full"):
                 op = operation(inputs, gates)
-                rows += rows_of(name, op, shape, dtype, args.provider, machine, cuda)
-    if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+                right = agreeing(name, op, args.provider)
+                wrong += len(set(args.provider or op.providers) & set(op.providers)) - len(right)
+                if args.check:
+                    print(f"{shape} {dtype} {name}: {', '.join(right)} agree", flush=True)
+                    continue
+                rows += rows_of(name, op, shape, dtype, right, machine)
+                if args.csv:
+                    write_rows(rows, args.csv)
     if args.plot:
         plot(rows, args.plot)
+    if wrong:
+        sys.exit(f"{wrong} results are wrong or missing; they are named above")
+
+
+def write_rows(rows: list[dict], path: str) -> None:
+    """What has been found until now, so that a benchmark that is cut off leaves it."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def plot(rows: list[dict], path: str) -> None:

@@ -46,13 +46,21 @@ def gpu_machine() -> Machine:
 
 
 class Timing(NamedTuple):
-    """Seconds: median, 20th and 80th percentile, and from a CUDA graph; bytes at the peak."""
+    """Seconds and bytes.
+
+    Attributes:
+        median, low, high: median, 20th and 80th percentile of a call.
+        graph: from a CUDA graph.
+        host: the host's to ask for a call.
+        peak: bytes of memory at the peak.
+    """
 
     median: float
     low: float
     high: float
-    graph: float | None
-    peak: int | None
+    graph: float | None = None
+    host: float | None = None
+    peak: int | None = None
 
 
 def time_gpu(function: Callable, capture: bool, milliseconds: int = 100) -> Timing:
@@ -68,10 +76,22 @@ def time_gpu(function: Callable, capture: bool, milliseconds: int = 100) -> Timi
         ms / 1e3
         for ms in triton.testing.do_bench(function, rep=milliseconds, quantiles=[0.5, 0.2, 0.8])
     )
-    graph = (
-        triton.testing.do_bench_cudagraph(function, return_mode="median") / 1e3 if capture else None
-    )
-    return Timing(median, low, high, graph, peak)
+    graph = None
+    if capture:
+        graph = triton.testing.do_bench_cudagraph(function, return_mode="median") / 1e3
+    return Timing(median, low, high, graph, host_seconds(function) if capture else None, peak)
+
+
+def host_seconds(function: Callable, calls: int = 20) -> float:
+    """The host's time to ask for a call, of a few in a row: it does not wait for the GPU."""
+    function()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    seconds = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return seconds / calls
 
 
 def peak_gpu(function: Callable) -> int:
@@ -100,7 +120,7 @@ def time_cpu(function: Callable, repeats: int = 9) -> Timing:
         function()
         seconds.append(time.perf_counter() - start)
     low, *_, high = statistics.quantiles(seconds, n=5)
-    return Timing(statistics.median(seconds), low, high, None, None)
+    return Timing(statistics.median(seconds), low, high)
 
 
 def peak_cpu(call: Callable) -> int:

@@ -24,6 +24,12 @@ def usual_cross_entropy(
     return F.cross_entropy(full, target.long(), ignore_index=ignore_index, reduction=reduction)
 
 
+def autocast_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """`usual_cross_entropy` as under autocast: only torch's cross-entropy computes in float32."""
+    full = F.interpolate(logits, target.shape[1:], mode="bilinear", align_corners=True)
+    return F.cross_entropy(full.float(), target.long(), ignore_index=255)
+
+
 def usual_pseudo_label(
     logits: Tensor,
     size: tuple[int, int],

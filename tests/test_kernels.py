@@ -4,6 +4,7 @@ Without a GPU Triton's interpreter runs the kernels; `pytest -m gpu` runs the sa
 on a GPU.
 """
 
+import argparse
 import ast
 import copy
 import csv
@@ -26,6 +27,7 @@ import cps
 import kernels
 import mean_teacher
 import u2pl
+import unimatch
 from common import datasets, losses, step
 from common.data import train_loader
 from common.deeplabv3plus import DeepLabV3Plus
@@ -1111,7 +1113,7 @@ def test_the_benchmark_checks_and_times_every_operation(tmp_path):
     assert "nothing to compare" in run(*command, "--op", "cross_entropy_full", expect=2).stderr
     assert "NxCxhxw:HxW" in run(*command, "--shape", "3x9", expect=2).stderr
     assert (
-        "--provider triton: of eager,torch"
+        "--provider triton: of eager,autocast,torch"
         in run(*command, "--provider", "triton", expect=2).stderr
     )
     if not NATIVE:
@@ -1128,12 +1130,12 @@ def test_whole_steps_run_both_ways(method, monkeypatch, capsys):
 
     def call_once(call, _):
         found.append(call().item())
-        return Timing(1.0, 1.0, 1.0, None, None)
+        return Timing(1.0, 1.0, 1.0)
 
     monkeypatch.setattr(step, "time_cpu", call_once)
     monkeypatch.setattr(step, "peak_cpu", lambda _: 10)
     monkeypatch.setattr("u2pl.CAPACITY", 100)
-    step.compare_steps(method, torch.device("cpu"))
+    step.compare_steps(method, argparse.Namespace(device="cpu", amp=None, compile=False))
     assert len(found) == 4 and max(found) < 1.2 * min(found)
     assert "usual / kernels: time 1.00" in capsys.readouterr().out
 
@@ -1144,7 +1146,7 @@ def test_the_usual_step_calls_no_kernel(method, monkeypatch):
     called = []
     monkeypatch.setattr(step, "peak_cpu", lambda _: 10)
     monkeypatch.setattr("u2pl.CAPACITY", 100)
-    for module in (cps, mean_teacher, u2pl, losses):
+    for module in (cps, mean_teacher, u2pl, unimatch, losses):
         for name in kernels.__all__:
             if callable(getattr(module, name, None)):
                 noted = functools.partial(note_call, called, getattr(kernels, name))
@@ -1154,13 +1156,13 @@ def test_the_usual_step_calls_no_kernel(method, monkeypatch):
         called.clear()
         call()
         calls.append(len(called))
-        return Timing(1.0, 1.0, 1.0, None, None)
+        return Timing(1.0, 1.0, 1.0)
 
     calls = []
     monkeypatch.setattr(step, "time_cpu", call_once)
-    step.compare_steps(method, torch.device("cpu"))
+    step.compare_steps(method, argparse.Namespace(device="cpu", amp=None, compile=False))
     usual, with_kernels = calls[0::2], calls[1::2]
-    least = {"mean_teacher": 2, "cutmix_seg": 2}.get(method, 4)
+    least = {"supervised": 1, "mean_teacher": 2, "cutmix_seg": 2}.get(method, 4)
     assert usual == [0, 0] and min(with_kernels) >= least
 
 
