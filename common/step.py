@@ -48,7 +48,7 @@ from kernels.usual import (
 
 CLASSES = 21  # of VOC
 LEARNING_RATE = 1e-3  # small: random labels are not to be learned
-MILLISECONDS, REPEATS = 1500, 5  # for how long a GPU, and how often a CPU, repeats a step
+MILLISECONDS, REPEATS = 1000, 5  # for how long a GPU, and how often a CPU, repeats a step
 
 # Names of our Triton kernels.
 KERNELS = {
@@ -342,7 +342,8 @@ def measure(way: Way, device: torch.device) -> Found:
 
 def share_of_kernels(step: Callable[[], Tensor]) -> float:
     """The share of our Triton kernels in what a GPU computes in a step."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    options = {"activities": [torch.profiler.ProfilerActivity.CUDA], "acc_events": True}
+    with torch.profiler.profile(**options) as profile:
         step()
         torch.cuda.synchronize()
     ours = every = 0.0

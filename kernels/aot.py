@@ -352,8 +352,7 @@ def cell_parts(arguments: dict[str, object]) -> float:
         for axis, constant in (("y", "ROWS"), ("x", "COLUMNS"))
     )
     lanes = 1.0
-    if "ODD" in arguments:  # every second row of cells; the last lane of a program repeats a cell
-        rows = rows[int(arguments["ODD"]) :: 2]
+    if "gradient_ptr" in arguments:  # the last lane of a program repeats a cell
         lanes = arguments["LANES"] / (arguments["LANES"] - 1)
     return len(arguments["logits_ptr"]) * (rows.sum() * columns.sum()).item() * lanes
 

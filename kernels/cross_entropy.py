@@ -9,11 +9,12 @@ and from z to the logits by the transposed interpolation.
 
 Plain PyTorch (interpolate, cross_entropy, backward) reads or writes a tensor of N x C x H x W
 floats eight times: 1.4 GB for 8 x 21 x 513 x 513, 1.54 GB with the labels and the rest. The
-kernel's two launches read the logits (at stride 4 a sixteenth of that) three times each, the
-labels once in all, and both write the float32 gradient of the logits: 19 MB if the caches hold
-what is read again, 69 MB if they hold nothing. Around them, bfloat16 logits that come as
-channels_last, as the networks give them, are copied to planes (11 MB), and the backward pass
-scales the gradient (17 MB): 47 to 97 MB in all. A third launch adds up the programs' sums.
+kernel reads the logits (at stride 4 a sixteenth of that) three times for the even and three times
+for the odd rows of cells, the labels once, and writes two float32 parts of the gradient of the
+logits: 30 MB if the caches hold what is read again, 58 MB if they hold nothing. Around it,
+bfloat16 logits that come as channels_last, as the networks give them, are copied to planes
+(11 MB), and the backward pass adds the two parts and scales them (28 MB): 69 to 97 MB in all. A
+second launch adds up the programs' sums.
 
 It is bound by instructions instead: two exponentials and about 22 instructions a pixel and class.
 (`python -m kernels.aot`, sm_90: 98 registers for 129 -> 513, 112 for 128 -> 512, nothing spilled;
@@ -25,9 +26,10 @@ maximum, for the sum of exponentials, and for the gradient, which it collapses t
 corners.
 
 A node takes part in four cells. The left and the right one are neighbouring lanes, which exchange
-their parts; the last lane of a program only recomputes for its neighbour. The upper and the lower
-one belong to two launches, one for the even rows of cells and one for the odd ones, so that every
-node has one writer at a time: no atomics, no scratch memory, the same bits from run to run.
+their parts; the last lane of a program only recomputes for its neighbour. Of the upper and the
+lower one, one lies in an even row of cells and one in an odd row. Each of the two writes its part
+of the node's gradient to a tensor of its own, so that every number has one writer: no atomics, no
+program waits for another, the same bits from run to run. The backward pass adds the two.
 
 Logits at the target's own size need no interpolation and have their own kernel, in
 `cross_entropy_full.py`.
@@ -57,6 +59,7 @@ from kernels.interpolation import (
     chunks,
     in_full_precision,
     interpolate_row,
+    jit,
     load_corners,
     log_sum_exp,
     on_its_device,
@@ -66,6 +69,11 @@ from kernels.interpolation import (
     tl_type,
     use_triton,
 )
+
+# Registers of a lane. With at most 96, 20 programs share a multiprocessor, with more 16: each of
+# its four schedulers has 16,384 registers, for whole programs of 32 lanes.
+LIMIT = 96
+ADD_BLOCK = 1024  # numbers a program
 
 
 @in_full_precision
@@ -134,7 +142,7 @@ def cross_entropy_kernel(
     pixel_weight_ptr,  # (N,H,W) or None
     class_weight_ptr,  # (C,) or None
     partial_ptr,  # (2,N,programs,2) float64: sums of weight · loss and of weight
-    gradient_ptr,  # (N,C,h,w) in ACC
+    gradient_ptr,  # (2,N,C,h,w) in ACC: what even and what odd rows of cells give
     first_y_ptr,  # (h+2,)
     weight_y_ptr,  # (H,)
     first_x_ptr,  # (w+2,)
@@ -145,7 +153,6 @@ def cross_entropy_kernel(
     W,
     C: tl.constexpr,
     IGNORE: tl.constexpr,
-    ODD: tl.constexpr,  # which rows of cells
     RATIO: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -154,7 +161,7 @@ def cross_entropy_kernel(
     ACC: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Loss and gradient of the even or the odd rows of cells.
+    """Loss and gradient of cells of an even or of an odd row.
 
     One lane has one cell, and takes ROWS x COLUMNS of its pixels at a time.
     """
@@ -162,16 +169,17 @@ def cross_entropy_kernel(
     WEIGHTED: tl.constexpr = pixel_weight_ptr is not None or class_weight_ptr is not None
     PARTS: tl.constexpr = ROW_PARTS * COLUMN_PARTS
     image = tl.program_id(1).to(tl.int64)
+    odd = tl.program_id(2)
     plane = h * w
     logits_ptr += image * C * plane
-    gradient_ptr += image * C * plane
+    gradient_ptr += (odd * tl.num_programs(1) + image) * C * plane
     target_ptr += image * H * W
     if pixel_weight_ptr is not None:
         pixel_weight_ptr += image * H * W
     lane = tl.arange(0, LANES)
     next_lane = tl.minimum(lane + 1, LANES - 1)
     cell = tl.program_id(0) * (LANES - 1) + lane
-    row = cell // (w + 1) * 2 + ODD
+    row = cell // (w + 1) * 2 + odd
     column = cell % (w + 1)
     here = row <= h
     own = here & (lane < LANES - 1)
@@ -265,15 +273,12 @@ def cross_entropy_kernel(
                 bottom = to_bottom_right + tl.gather(to_bottom_left, next_lane, 0)
                 at_top = gradient_ptr + c * plane + corners[1]
                 at_bottom = gradient_ptr + c * plane + corners[3]
-                if ODD:
-                    top += tl.load(at_top, mask=has_top, other=0.0)
-                    bottom += tl.load(at_bottom, mask=has_bottom, other=0.0)
-                elif PARTS > 1:
+                if PARTS > 1:
                     top += tl.load(at_top, mask=has_top & (part > 0), other=0.0)
                     bottom += tl.load(at_bottom, mask=has_bottom & (part > 0), other=0.0)
                 tl.store(at_top, top, mask=has_top)
                 tl.store(at_bottom, bottom, mask=has_bottom)
-    program = (ODD * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    program = (odd * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
     loss_of_program = tl.sum(tl.where(own, loss_sum, 0.0), 0) * LN2
     tl.store(partial_ptr + 2 * program, loss_of_program.to(tl.float64))
     tl.store(partial_ptr + 2 * program + 1, tl.sum(weight_sum, 0).to(tl.float64))
@@ -288,13 +293,11 @@ def launch(
     ignore_index: int,
     align_corners: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernel on the even, then on the odd rows of cells.
-
-    Arguments as in `cross_entropy_reference`.
+    """Run the kernel. Arguments as in `cross_entropy_reference`.
 
     Returns:
-        What `launch_sum` adds up, (2,N,programs,2) float64; gradient of the sum of weight · loss,
-        (N,C,h,w).
+        What `launch_sum` adds up, (2,N,programs,2) float64; the two parts of the gradient of the
+        sum of weight · loss, (2,N,C,h,w).
     """
     n, classes, h, w = logits.shape
     size, dtype = tuple(target.shape[1:]), accumulator(logits.dtype)
@@ -303,24 +306,15 @@ def launch(
     )
     weighted = pixel_weight is not None or class_weight is not None
     walk = plan(logits, size, align_corners, max_pixels=16 if weighted else 20)
-    if weighted:
-        limit = register_limit(128)
-    else:
-        # 112 instead of 127 registers: 18 programs share a multiprocessor instead of 16. So the
-        # 2168 programs of a batch of 8, 128 -> 512, fit the 132 multiprocessors of an H200 at once,
-        # instead of 2112 and then 56.
-        limit = {} if walk.ratio else register_limit(112)
-    gradient = logits.new_empty(logits.shape, dtype=dtype)
-    grid = (ceil_div((h // 2 + 1) * (w + 1), CELL_LANES - 1), n)
+    gradient = logits.new_empty((2, *logits.shape), dtype=dtype)
+    grid = (ceil_div((h // 2 + 1) * (w + 1), CELL_LANES - 1), n, 2)
     partial = logits.new_empty((2, n, grid[0], 2), dtype=torch.float64)
-    for odd in (False, True):
-        cross_entropy_kernel[grid](
-            logits, target, pixel_weight, class_weight, partial, gradient,
-            *walk.tables, h, w, *size,
-            C=classes, IGNORE=ignore_index, ODD=odd, RATIO=walk.ratio, ROWS=walk.rows,
-            COLUMNS=walk.columns, ROW_PARTS=walk.row_parts, COLUMN_PARTS=walk.column_parts,
-            ACC=tl_type(dtype), LANES=CELL_LANES, num_warps=1, **limit,
-        )  # fmt: skip
+    cross_entropy_kernel[grid](
+        logits, target, pixel_weight, class_weight, partial, gradient, *walk.tables, h, w, *size,
+        C=classes, IGNORE=ignore_index, RATIO=walk.ratio, ROWS=walk.rows, COLUMNS=walk.columns,
+        ROW_PARTS=walk.row_parts, COLUMN_PARTS=walk.column_parts, ACC=tl_type(dtype),
+        LANES=CELL_LANES, num_warps=1, **register_limit(128 if weighted else LIMIT),
+    )  # fmt: skip
     return partial, gradient
 
 
@@ -338,7 +332,7 @@ def cross_entropy_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> loss and sum of weight, as `divide_by_weight` returns them; gradient of the undivided sum.
 
-    The gradient is empty unless asked for.
+    The gradient is what `scaled` takes, or empty unless asked for.
     """
     check_labels(target, logits.shape[1], ignore_index)
     inputs = (logits, target, pixel_weight, class_weight, ignore_index, align_corners)
@@ -356,7 +350,9 @@ def cross_entropy_op(
 @cross_entropy_op.register_fake
 def _(logits, target, pixel_weight, class_weight, ignore, align_corners, mean, with_gradient, impl):
     dtype = accumulator(logits.dtype)
-    shape = logits.shape if with_gradient else (0,)
+    shape = (0,)
+    if with_gradient:
+        shape = (2, *logits.shape) if use_triton(impl, logits.device) else logits.shape
     return (
         logits.new_empty((), dtype=dtype),
         logits.new_empty((), dtype=dtype),
@@ -381,8 +377,60 @@ def backward(ctx, upstream, _weight_sum, _gradient) -> tuple:
     weight_sum, gradient = ctx.saved_tensors
     if ctx.mean:
         upstream = upstream / weight_sum
-    result = torch.empty_like(gradient, dtype=ctx.dtype)
-    return torch.mul(gradient, upstream, out=result), *[None] * 8
+    return scaled(gradient, upstream, ctx.dtype), *[None] * 8
+
+
+def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """A saved gradient times a scalar, in a new tensor of another type, in one pass.
+
+    Args:
+        gradient: (N,C,h,w) of a reference, or its two parts (2,N,C,h,w) of a kernel.
+        upstream: (), gradient of the loss.
+        dtype: of the logits.
+
+    Returns:
+        (N,C,h,w).
+    """
+    if gradient.ndim == 5:
+        return add_parts_op(gradient, upstream, dtype)
+    return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
+
+
+@jit
+def add_parts_kernel(
+    parts_ptr,  # (2,count)
+    factor_ptr,  # ()
+    result_ptr,  # (count,)
+    count,
+    BLOCK: tl.constexpr,
+):
+    """Add two parts of a gradient, and multiply the sum by a factor."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = at < count
+    even = tl.load(parts_ptr + at, mask=there, other=0.0)
+    odd = tl.load(parts_ptr + count + at, mask=there, other=0.0)
+    product = (even + odd) * tl.load(factor_ptr).to(even.dtype)
+    tl.store(result_ptr + at, product.to(result_ptr.dtype.element_ty), mask=there)
+
+
+@torch.library.custom_op("semiseg::add_parts", mutates_args=())
+def add_parts_op(parts: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """-> (parts[0] + parts[1]) · factor, (N,C,h,w)."""
+    return launch_add_parts(parts, factor, dtype)
+
+
+@on_its_device
+def launch_add_parts(parts: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Run the kernel."""
+    result = parts.new_empty(parts.shape[1:], dtype=dtype)
+    count = result.numel()
+    add_parts_kernel[(ceil_div(count, ADD_BLOCK),)](parts, factor, result, count, BLOCK=ADD_BLOCK)
+    return result
+
+
+@add_parts_op.register_fake
+def _(parts, factor, dtype):
+    return parts.new_empty(parts.shape[1:], dtype=dtype)
 
 
 cross_entropy_op.register_autograd(backward, setup_context=keep_gradient)

@@ -15,12 +15,12 @@ predictions of two images: the mask picks whole pixels, and softmax comes after.
 
 Plain PyTorch (interpolate and softmax twice, difference, square, sum, largest probability,
 backward) reads or writes a tensor of N x C x H x W floats 19 times: 3.4 GB for 8 x 21 x 513 x 513,
-4.4 GB with a second tensor of targets. The kernel's two launches read both tensors of logits (at
-stride 4 a sixteenth of that) four times each, the valid mask once in all, and both write the
-float32 gradient of the logits: 24 MB if the caches hold what is read again, 125 MB if they hold
-nothing. Around them, bfloat16 logits that come as channels_last are copied to planes (22 MB), and
-the backward pass scales the gradient (17 MB): 64 to 164 MB in all. A third launch adds up the
-programs' sums.
+4.4 GB with a second tensor of targets. The kernel reads both tensors of logits (at stride 4 a
+sixteenth of that) four times for the even and four times for the odd rows of cells, the valid mask
+once, and writes two float32 parts of the gradient: 36 MB if the caches hold what is read again,
+114 MB if they hold nothing. Around it, bfloat16 logits that come as channels_last are copied to
+planes (22 MB), and the backward pass adds the two parts and scales them (28 MB): 86 to 164 MB in
+all. A second launch adds up the programs' sums.
 
 It is bound by instructions instead: "squared" takes six exponentials and about 50 instructions a
 pixel and class, the other two four and about 36. (`python -m kernels.aot`, sm_90: 112 registers,
@@ -28,7 +28,7 @@ nothing spilled; to issue the instructions of both launches for a batch of 8 tak
 77 µs for 129 -> 513 and 97 µs for 128 -> 512 at 1.755 GHz, and for the other two modes 56 and 70
 µs. It has not run on a GPU yet.)
 
-Lanes, cells and launches are those of `cross_entropy.py`. A lane passes over the classes of the
+Lanes, cells and parts of the gradient are those of `cross_entropy.py`. A lane passes over the classes of the
 target for its maximum and the sum of its exponentials, over those of the student likewise, and over
 both for sum_k d(k) p(k) ("squared" alone) and for loss and gradient. The corners' offsets are
 counted in 32 bits, the same for all tensors; a 64-bit pointer for each would take 16 registers.
@@ -41,7 +41,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.cross_entropy import interpolation_matrix
+from kernels.cross_entropy import LIMIT, interpolation_matrix, scaled
 from kernels.interpolation import (
     CELL_LANES,
     LN2,
@@ -316,7 +316,7 @@ def soft_consistency_kernel(
     mask_ptr,  # (N,H,W) bool: where to read the second of them, or None
     valid_ptr,  # (N,H,W) bool
     partial_ptr,  # (2,N,programs,3) float64: sums of loss, valid and confident pixels
-    gradient_ptr,  # (N,C,h,w) in ACC, or None
+    gradient_ptr,  # (2,N,C,h,w) in ACC: what even and what odd rows of cells give; or None
     first_y_ptr,  # (h+2,)
     weight_y_ptr,  # (H,)
     first_x_ptr,  # (w+2,)
@@ -329,7 +329,6 @@ def soft_consistency_kernel(
     C: tl.constexpr,
     SQUARED: tl.constexpr,  # the mode: "squared",
     KL: tl.constexpr,  # "kl", or, if neither, "cross_entropy"
-    ODD: tl.constexpr,  # which rows of cells
     RATIO: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -338,7 +337,7 @@ def soft_consistency_kernel(
     ACC: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Loss and gradient of the even or the odd rows of cells.
+    """Loss and gradient of cells of an even or of an odd row.
 
     One lane has one cell, and takes ROWS x COLUMNS of its pixels at a time.
     """
@@ -347,6 +346,7 @@ def soft_consistency_kernel(
     PARTS: tl.constexpr = ROW_PARTS * COLUMN_PARTS
     GRADIENT: tl.constexpr = gradient_ptr is not None
     image = tl.program_id(1).to(tl.int64)
+    odd = tl.program_id(2)
     plane = h * w
     logits_ptr += image * C * plane
     targets_ptr += image * C * plane
@@ -355,11 +355,11 @@ def soft_consistency_kernel(
         of_second = tl.num_programs(1).to(tl.int64) * C * plane
         mask_ptr += image * H * W
     if GRADIENT:
-        gradient_ptr += image * C * plane
+        gradient_ptr += (odd * tl.num_programs(1) + image) * C * plane
     lane = tl.arange(0, LANES)
     next_lane = tl.minimum(lane + 1, LANES - 1)
     cell = tl.program_id(0) * (LANES - 1) + lane
-    row = cell // (w + 1) * 2 + ODD
+    row = cell // (w + 1) * 2 + odd
     column = cell % (w + 1)
     here = row <= h
     own = here & (lane < LANES - 1)
@@ -478,10 +478,7 @@ def soft_consistency_kernel(
                         if SQUARED:
                             top *= 2.0
                             bottom *= 2.0
-                        if ODD:
-                            top += tl.load(gradient_ptr + at[1], mask=has_top, other=0.0)
-                            bottom += tl.load(gradient_ptr + at[3], mask=has_bottom, other=0.0)
-                        elif PARTS * SOURCES > 1:
+                        if PARTS * SOURCES > 1:
                             again = has_top & later
                             top += tl.load(gradient_ptr + at[1], mask=again, other=0.0)
                             again = has_bottom & later
@@ -489,7 +486,7 @@ def soft_consistency_kernel(
                         tl.store(gradient_ptr + at[1], top, mask=has_top)
                         tl.store(gradient_ptr + at[3], bottom, mask=has_bottom)
                     at = next_class(at, plane)
-    program = (ODD * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    program = (odd * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
     loss = tl.sum(tl.where(own, loss_sum, 0.0), 0)
     if not SQUARED:
         loss *= LN2
@@ -535,9 +532,10 @@ def launch(
     align_corners: bool,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the kernel on the even, then on the odd rows of cells, and add up the programs' sums.
+    """Run the kernel, and add up the programs' sums.
 
-    Arguments and results as those of `soft_consistency_reference`.
+    Arguments and results as those of `soft_consistency_reference`, but for the gradient: its two
+    parts, (2,N,C,h,w).
     """
     n, classes, h, w = logits.shape
     size, dtype = tuple(valid_mask.shape[1:]), accumulator(logits.dtype)
@@ -550,21 +548,17 @@ def launch(
         x if x is None else x.contiguous() for x in (logits, targets, valid_mask, mask)
     )
     walk = plan(logits, size, align_corners, max_pixels=20)
-    # Instead of up to 128 registers, and without a spill: 18 programs instead of 16 share a
-    # multiprocessor.
-    limit = register_limit(112)
-    grid = (ceil_div((h // 2 + 1) * (w + 1), CELL_LANES - 1), n)
+    grid = (ceil_div((h // 2 + 1) * (w + 1), CELL_LANES - 1), n, 2)
     partial = logits.new_empty((2, n, grid[0], 3), dtype=torch.float64)
-    loss, count, confident, gradient = empty_results(logits, with_gradient)
-    for odd in (False, True):
-        soft_consistency_kernel[grid](
-            logits, targets, mask, valid_mask, partial,
-            gradient if with_gradient else None, *walk.tables, threshold, h, w, *size,
-            C=classes, SQUARED=mode == "squared", KL=mode == "kl", ODD=odd, RATIO=walk.ratio,
-            ROWS=walk.rows, COLUMNS=walk.columns, ROW_PARTS=walk.row_parts,
-            COLUMN_PARTS=walk.column_parts, ACC=tl_type(dtype), LANES=CELL_LANES, num_warps=1,
-            **limit,
-        )  # fmt: skip
+    loss, count, confident, gradient = empty_results(logits, with_gradient, parts=True)
+    soft_consistency_kernel[grid](
+        logits, targets, mask, valid_mask, partial, gradient if with_gradient else None,
+        *walk.tables, threshold, h, w, *size,
+        C=classes, SQUARED=mode == "squared", KL=mode == "kl", RATIO=walk.ratio,
+        ROWS=walk.rows, COLUMNS=walk.columns, ROW_PARTS=walk.row_parts,
+        COLUMN_PARTS=walk.column_parts, ACC=tl_type(dtype), LANES=CELL_LANES, num_warps=1,
+        **register_limit(LIMIT),
+    )  # fmt: skip
     sums = partial.numel() // 3
     consistency_sum_kernel[(1,)](
         partial, loss, count, confident, sums, BLOCK=SUM_BLOCK, TURNS=ceil_div(sums, SUM_BLOCK),
@@ -573,14 +567,20 @@ def launch(
     return loss, count, confident, gradient
 
 
-def empty_results(logits: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tensors for loss, count, confident and the gradient, which is empty if not asked for."""
+def empty_results(
+    logits: Tensor, with_gradient: bool, parts: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tensors for loss, count, confident and the gradient, which is empty if not asked for.
+
+    With `parts` for the gradient's two parts.
+    """
     dtype = accumulator(logits.dtype)
+    shape = (2, *logits.shape) if parts else logits.shape
     return (
         logits.new_empty((), dtype=dtype),
         logits.new_empty((), dtype=torch.int64),
         logits.new_empty((), dtype=torch.int64),
-        logits.new_empty(logits.shape if with_gradient else (0,), dtype=dtype),
+        logits.new_empty(shape if with_gradient else 0, dtype=dtype),
     )
 
 
@@ -605,7 +605,7 @@ def soft_consistency_op(
 
 @soft_consistency_op.register_fake
 def _(logits, targets, valid, mask, second, mode, threshold, align_corners, with_gradient, impl):
-    return empty_results(logits, with_gradient)
+    return empty_results(logits, with_gradient, use_triton(impl, logits.device))
 
 
 def keep_gradient(ctx, inputs, output) -> None:
@@ -623,8 +623,7 @@ def backward(ctx, upstream, *_) -> tuple:
     if upstream is None:
         return (None,) * 10
     (gradient,) = ctx.saved_tensors
-    result = torch.empty_like(gradient, dtype=ctx.dtype)
-    return torch.mul(gradient, upstream, out=result), *[None] * 9
+    return scaled(gradient, upstream, ctx.dtype), *[None] * 9
 
 
 soft_consistency_op.register_autograd(backward, setup_context=keep_gradient)

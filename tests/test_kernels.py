@@ -1076,8 +1076,8 @@ def test_the_bytes_that_the_lesson_counts_add_up():
     reads, writes = (sum(column) for column in list(zip(*moved))[1:])
     total = f"together {(reads + writes) / 1e9:.2f} GB"
     assert re.search(rf"{reads / 1e6:.1f} +{writes / 1e6:.1f} +{total}", lesson)
-    copies = 4 * low + 6 * low  # to planes; times the gradient of the loss
-    least, most = 2 * low + pixels + 4 * low, 6 * 2 * low + pixels + 3 * 4 * low
+    copies = 4 * low + 10 * low  # to planes; the sum of two parts, scaled
+    least, most = 2 * low + pixels + 8 * low, 6 * 2 * low + pixels + 8 * low
     found = f"moves {(copies + least) / 1e6:.0f} to {(copies + most) / 1e6:.0f} MB"
     assert found in lesson.replace("\n", " ")
 
