@@ -315,14 +315,16 @@ class Found(NamedTuple):
         seconds: median of a step.
         low, high: its 20th and 80th percentile.
         peak: bytes of a step's peak, with the bank's on the device.
-        share: of our kernels in the time that the GPU computes; None on a CPU.
+        busy: seconds of a step in which the GPU computes; None on a CPU.
+        share: of our kernels in them; None on a CPU.
     """
 
     seconds: float
     low: float
     high: float
     peak: int
-    share: float | None
+    busy: float | None = None
+    share: float | None = None
 
 
 def measure(way: Way, device: torch.device) -> Found:
@@ -332,26 +334,26 @@ def measure(way: Way, device: torch.device) -> Found:
             stack.enter_context(mock.patch.object(*place_and_function))
         if device.type == "cuda":
             timing = time_gpu(way.step, capture=False, milliseconds=MILLISECONDS)
-            peak, share = timing.peak, share_of_kernels(way.step)
+            peak, gpu = timing.peak, busy_and_share(way.step)
         else:
             timing = time_cpu(way.step, REPEATS)
-            peak, share = peak_cpu(way.step), None
+            peak, gpu = peak_cpu(way.step), (None, None)
     bank = sum(keys.nbytes for keys in way.bank if keys.device.type == device.type)
-    return Found(timing.median, timing.low, timing.high, peak + bank, share)
+    return Found(timing.median, timing.low, timing.high, peak + bank, *gpu)
 
 
-def share_of_kernels(step: Callable[[], Tensor]) -> float:
-    """The share of our Triton kernels in what a GPU computes in a step."""
+def busy_and_share(step: Callable[[], Tensor]) -> tuple[float, float]:
+    """Seconds that a GPU computes in a step, and the share of our Triton kernels in them."""
     options = {"activities": [torch.profiler.ProfilerActivity.CUDA], "acc_events": True}
     with torch.profiler.profile(**options) as profile:
         step()
         torch.cuda.synchronize()
-    ours = every = 0.0
+    ours = every = 0.0  # microseconds
     for event in profile.key_averages():
         every += event.self_device_time_total
         if event.key in KERNELS:
             ours += event.self_device_time_total
-    return ours / every
+    return every / 1e6, ours / every
 
 
 def compare_steps(method: str, asked: argparse.Namespace) -> list[dict[str, object]]:
@@ -391,9 +393,10 @@ def compare_steps(method: str, asked: argparse.Namespace) -> list[dict[str, obje
 def print_measured(name: str, found: Found) -> None:
     """A line."""
     spread = f"{1e3 * found.low:.1f} to {1e3 * found.high:.1f}"
-    share = "" if found.share is None else f", our kernels {100 * found.share:.1f} %"
-    peak = f"peak {found.peak / 1e9:.3f} GB"
-    print(f"{name:14}{1e3 * found.seconds:9.1f} ms ({spread}), {peak}{share}", flush=True)
+    line = f"{name:14}{1e3 * found.seconds:9.1f} ms ({spread}), peak {found.peak / 1e9:.3f} GB"
+    if found.share is not None:
+        line += f", GPU busy {1e3 * found.busy:.1f} ms, our kernels {100 * found.share:.1f} % of it"
+    print(line, flush=True)
 
 
 def main() -> None:

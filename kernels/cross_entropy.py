@@ -17,9 +17,9 @@ bfloat16 logits that come as channels_last, as the networks give them, are copie
 second launch adds up the programs' sums.
 
 It is bound by instructions instead: two exponentials and about 22 instructions a pixel and class.
-(`python -m kernels.aot`, sm_90: 98 registers for 129 -> 513, 112 for 128 -> 512, nothing spilled;
-to issue the instructions of both launches for a batch of 8 takes an H200 at least 34 and 42 µs at
-1.755 GHz. It has not run on a GPU yet.)
+(`python -m kernels.aot`, sm_90: 96 registers for 129 -> 513, 112 for 128 -> 512, nothing spilled;
+to issue the instructions for a batch of 8 takes an H200 at least 34 and 42 µs at 1.755 GHz.
+Measured, with the launches around it: 83 and 103 µs.)
 
 Each lane owns a cell (see `interpolation.py`) and passes over the classes three times: for the
 maximum, for the sum of exponentials, and for the gradient, which it collapses to the cell's four
@@ -70,9 +70,11 @@ from kernels.interpolation import (
     use_triton,
 )
 
-# Registers of a lane. With at most 96, 20 programs share a multiprocessor, with more 16: each of
-# its four schedulers has 16,384 registers, for whole programs of 32 lanes.
-LIMIT = 96
+# Registers of a lane, as the compiler may use them without spilling: for exact ratios, and for
+# others. With at most 96, 20 programs share a multiprocessor of sm_90, with more 16: each of its
+# four schedulers has 16,384 registers, for whole programs of 32 lanes. On an H200 96 are slower for
+# the other ratios: 105 instead of 102 µs.
+LIMITS = 96, 112
 ADD_BLOCK = 1024  # numbers a program
 
 
@@ -307,13 +309,14 @@ def launch(
     weighted = pixel_weight is not None or class_weight is not None
     walk = plan(logits, size, align_corners, max_pixels=16 if weighted else 20)
     gradient = logits.new_empty((2, *logits.shape), dtype=dtype)
+    limit = 128 if weighted else LIMITS[0 if walk.ratio else 1]
     grid = (ceil_div((h // 2 + 1) * (w + 1), CELL_LANES - 1), n, 2)
     partial = logits.new_empty((2, n, grid[0], 2), dtype=torch.float64)
     cross_entropy_kernel[grid](
         logits, target, pixel_weight, class_weight, partial, gradient, *walk.tables, h, w, *size,
         C=classes, IGNORE=ignore_index, RATIO=walk.ratio, ROWS=walk.rows, COLUMNS=walk.columns,
         ROW_PARTS=walk.row_parts, COLUMN_PARTS=walk.column_parts, ACC=tl_type(dtype),
-        LANES=CELL_LANES, num_warps=1, **register_limit(128 if weighted else LIMIT),
+        LANES=CELL_LANES, num_warps=1, **register_limit(limit),
     )  # fmt: skip
     return partial, gradient
 

