@@ -267,8 +267,6 @@ def masked_percentile(
         ValueError: shapes that differ, a mask that is not bool, numbers outside [0,100], an unknown
             impl, or "triton" without a GPU. The numbers of a tensor on a GPU are not looked at; one
             on the host is copied, which waits for the GPU.
-            GPU. The numbers of a tensor on a GPU are not looked at; one on the host is copied,
-            which waits for the GPU.
     """
     if values.shape != valid_mask.shape or valid_mask.dtype != torch.bool:
         raise ValueError(
