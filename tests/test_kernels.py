@@ -34,6 +34,7 @@ from common.deeplabv3plus import DeepLabV3Plus
 from common.run import to_device
 from kernels import (
     PseudoLabel,
+    benchmark,
     cross_entropy,
     drop_unreliable,
     masked_percentile,
@@ -1112,12 +1113,24 @@ def test_the_benchmark_checks_and_times_every_operation(tmp_path):
     assert all(float(row["median_us"]) > 0 and row["gate"] == "" for row in rows)
     assert "nothing to compare" in run(*command, "--op", "cross_entropy_full", expect=2).stderr
     assert "NxCxhxw:HxW" in run(*command, "--shape", "3x9", expect=2).stderr
+    small = ("--shape", "1x3x9x9:33x33", "--op", "label alone")
+    assert "label alone: eager, torch agree" in run(*command, *small, "--check").stdout
     assert (
         "--provider triton: of eager,autocast,torch"
         in run(*command, "--provider", "triton", expect=2).stderr
     )
     if not NATIVE:
         assert "no CUDA device" in run("-m", "kernels.benchmark").stdout
+
+
+def test_the_benchmark_names_what_disagrees_and_times_the_rest(capsys):
+    providers = {"eager": lambda: torch.ones(3), "wrong": lambda: 2 * torch.ones(3)}
+    providers |= {"right": lambda: torch.ones(3), "nan": lambda: torch.ones(3) / 0 * 0}
+    op = benchmark.Op(providers, least_bytes=1, exponentials=0, gate_us=None, tolerance=1e-3)
+    assert list(benchmark.agreeing("sum", op, [])) == ["eager", "right"]
+    printed = capsys.readouterr().out
+    assert "sum: wrong: result 0 is off by 1.00e+00" in printed and "sum: nan: " in printed
+    assert list(benchmark.agreeing("sum", op, ["right"])) == ["right"]
 
 
 @pytest.mark.parametrize("method", step.WAYS)
