@@ -50,14 +50,6 @@ CLASSES = 21  # of VOC
 LEARNING_RATE = 1e-3  # small: random labels are not to be learned
 MILLISECONDS, REPEATS = 1000, 5  # for how long a GPU, and how often a CPU, repeats a step
 
-# Names of our Triton kernels.
-KERNELS = {
-    name
-    for key, module in sys.modules.items()
-    if key.startswith("kernels.")
-    for name in vars(module)
-    if name.endswith("_kernel")
-}
 # What stands in a method's step for the usual way: (module, name, function).
 USUAL = {
     "supervised": [(losses, "cross_entropy", usual_cross_entropy)],
@@ -348,12 +340,19 @@ def busy_and_share(step: Callable[[], Tensor]) -> tuple[float, float]:
     with torch.profiler.profile(**options) as profile:
         step()
         torch.cuda.synchronize()
+    names = kernel_names()
     ours = every = 0.0  # microseconds
     for event in profile.key_averages():
         every += event.self_device_time_total
-        if event.key in KERNELS:
+        if event.key in names:
             ours += event.self_device_time_total
     return every / 1e6, ours / every
+
+
+def kernel_names() -> set[str]:
+    """Names of our Triton kernels, as a profiler shows them."""
+    modules = [module for key, module in sys.modules.items() if key.startswith("kernels.")]
+    return {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 
 def compare_steps(method: str, asked: argparse.Namespace) -> list[dict[str, object]]:

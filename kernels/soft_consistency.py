@@ -32,9 +32,8 @@ Lanes, cells and parts of the gradient are those of `cross_entropy.py`. A lane p
 classes of the target for its maximum and the sum of its exponentials, over those of the student
 likewise, and over both for sum_k d(k) p(k) ("squared" alone) and for loss and gradient. The
 corners' offsets are counted in 32 bits, the same for all tensors; a 64-bit pointer for each would
-take 16 registers.
-With two tensors of targets a program goes over its cells once for each that its pixels read, so
-that the edge of a box doubles the work of the programs that it crosses.
+take 16 registers. With two tensors of targets a program goes over its cells once for each that its
+pixels read, so that the edge of a box doubles the work of the programs that it crosses.
 """
 
 from typing import NamedTuple
