@@ -107,12 +107,12 @@ from torchvision.transforms import v2
 from common import cli, runtime
 from common.augment import IGNORE, normalise
 from common.cutmix import class_masks, half_area_masks, mix
-from common.datasets import Item
 from common.deeplabv3plus import DeepLabV3Plus
 from common.distributed import add_up, global_mean
 from common.evaluate import Scores, evaluate
 from common.losses import labelled_loss, mean_cross_entropy
 from common.run import Run, sgd
+from common.source import Item
 from kernels import cross_entropy, pseudo_label, soft_consistency
 
 # All settings of a data set; a flag of the same name, where there is one, replaces it. The

@@ -70,10 +70,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import InputError, checkpoint, cli, datasets, distributed, runtime
+from common import InputError, checkpoint, cli, distributed, runtime
 from common.augment import IGNORE, colour_jitter_and_blur, normalise, uniform
 from common.data import equal_size_loader, load_data
-from common.datasets import DataSource, Item
 from common.deeplabv3plus import DeepLabV3Plus, full_softmax
 from common.evaluate import device_of, evaluate, evaluating, image_miou, scores, update
 from common.figures import reliability_figure
@@ -81,6 +80,7 @@ from common.losses import labelled_loss
 from common.masks import read_mask, write_mask
 from common.report import claim
 from common.run import Run, place, sgd
+from common.source import DataSource, Item, check_files
 from kernels import pseudo_label
 
 # voc, cityscapes: the released configurations; an epoch passes over the list of the stage.
@@ -611,7 +611,7 @@ def label(
         Item(item.name, item.image, mask_path(args, stage, item.name), pseudo=True)
         for item in items
     ]
-    datasets.check_files(item.mask for item in pseudo)
+    check_files(item.mask for item in pseudo)
     return pseudo
 
 

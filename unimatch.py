@@ -91,12 +91,12 @@ from torch import Tensor, nn
 from common import cli, runtime
 from common.augment import IGNORE, colour_jitter_and_blur, normalise
 from common.cutmix import mix, small_box_masks
-from common.datasets import Item
 from common.deeplabv3plus import DeepLabV3Plus
 from common.distributed import add_up, global_mean
 from common.evaluate import evaluate
 from common.losses import labelled_loss
 from common.run import Run, sgd
+from common.source import Item
 from kernels import cross_entropy, pseudo_label
 
 # All settings of a data set; a flag of the same name, where there is one, replaces it. Unless a

@@ -24,6 +24,7 @@ from common import InputError, checkpoint
 from common.augment import scale_rule
 from common.datasets import DATASETS
 from common.deeplabv3plus import BACKBONES
+from common.own_preset import own_preset
 from kernels.interpolation import use_triton
 
 # Settings that may differ when a run is resumed; all others decide its result.
@@ -52,6 +53,15 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def fraction(text: str) -> float:
+    """A share above 0 and below 1, such as 1/5 or 0.2, for argparse."""
+    part, _, whole = text.partition("/")
+    value = float(part) / float(whole or 1)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and below 1")
     return value
 
 
@@ -107,6 +117,21 @@ def add_data_flags(top: argparse.ArgumentParser, presets: dict[str, dict]) -> No
         "--labeled-list",
         metavar="TXT",
         help="your own list of labelled image ids, a line each",
+    )
+    group.add_argument(
+        "--val-fraction",
+        type=fraction,
+        default=0.2,
+        metavar="X",
+        help="folder without images/val: share of the images with masks that is held out for "
+        "validation, drawn by --seed (default: 1/5)",
+    )
+    group.add_argument(
+        "--long-side",
+        type=positive,
+        metavar="PX",
+        help="shrink images whose long side is longer, in training, evaluation and prediction "
+        "(default: never; folder: by the device)",
     )
     group.add_argument(
         "--extra",
@@ -343,6 +368,8 @@ def default_run(args: argparse.Namespace, method: str) -> Path:
 def fill(args: argparse.Namespace, presets: dict[str, dict]) -> None:
     """Give every flag that is still None its preset."""
     preset = dict(presets[args.data])
+    if args.data == "folder" and not args.resume:
+        preset, args.reasons = own_preset(args, presets)
     args.split = args.labelled_list or args.split or DATASETS[args.data].split
     fill_schedule(args, preset)
     fill_weights(args, preset)

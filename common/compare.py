@@ -59,8 +59,11 @@ SHARED = {
     "camvid": {**RESNET, "crop_size": 320, "max_iters": 12_000},
     "voc": {**RESNET, "crop_size": 512, "max_iters": 39_000},
     "cityscapes": {**RESNET, "crop_size": 800, "max_iters": 44_500, "eval_window": 800},
-    "folder": {**RESNET, "crop_size": 512, "max_iters": 20_000},
+    "folder": {"batch_size": 8},  # the rest is chosen from the images, for all methods alike
 }
+SHARED_FLAGS = (
+    "backbone", "output_stride", "crop_size", "batch_size", "max_iters", "eval_window",
+)  # fmt: skip
 LAST_LINE = re.compile(r"^miou_last=([\d.]+) miou_best=([\d.]+)$")
 
 
@@ -312,16 +315,18 @@ def conditions(rows: list[Row]) -> list[str]:
     """Notes on what else differs between the runs, reused ones mostly.
 
     Raises:
-        InputError: at one split, other labelled images: the list has changed between the runs.
+        InputError: at one split and seed, other labelled images: the list has changed between the
+            runs. The seed may decide it, since it decides what is held out for validation.
     """
     found = [
         (row.split, folder, checkpoint.read_description(folder))
         for row in rows
         for folder in row.folders
     ]
-    lists: dict[str, tuple[str, Path]] = {}
+    lists: dict[tuple[str, int], tuple[str, Path]] = {}
     for split, folder, description in found:
-        other, first = lists.setdefault(split, (description["labelled_list_sha1"], folder))
+        key = split, description["args"]["seed"]
+        other, first = lists.setdefault(key, (description["labelled_list_sha1"], folder))
         if other != description["labelled_list_sha1"]:
             raise InputError(
                 f"{first} and {folder} have other labelled images; choose another --output"
@@ -457,7 +462,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             "--methods chooses rows of the comparison of all methods; "
             "leave it out with --experiment"
         )
-    given = {key: getattr(args, key) for key in SHARED[args.data] if getattr(args, key) is not None}
+    given = {key: getattr(args, key) for key in SHARED_FLAGS if getattr(args, key) is not None}
     args.shared = {**SHARED[args.data], **given}
     args.rest, args.command = rest, "python -m common.compare " + shlex.join(argv)
     args.split = args.split or DATASETS[args.data].split

@@ -14,16 +14,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common import InputError, check, datasets, distributed, shapes
 from common.augment import IGNORE, WeakAugment, Window, fit, scale_rule
-from common.datasets import DataSource, Item
-from common.images import Drawn, ImageFile, LabelTable, naming_if_too_large, open_image, open_mask
+from common.images import (
+    Box,
+    Drawn,
+    ImageFile,
+    LabelTable,
+    Shrunk,
+    naming_if_too_large,
+    open_mask,
+    open_shrunk,
+    working_size,
+)
 from common.runtime import derive_seed, ignore_interrupts
+from common.source import DataSource, Item
 
 BATCH_IMAGES = 8  # of `equal_size_loader`, at most
 BATCH_PIXELS = 2_000_000  # of `equal_size_loader`, in all images of a batch
@@ -93,8 +102,14 @@ class StreamSampler(Sampler):
         return torch.randperm(self.count, generator=generator).tolist()
 
 
-def read(item: Item) -> tuple[ImageFile | Drawn, ImageFile | Drawn | None]:
+Opened = ImageFile | Drawn | Shrunk
+
+
+def read(item: Item, data: DataSource) -> tuple[Opened, Opened | None]:
     """The image and the mask of an item, opened and maybe not yet decoded.
+
+    Both are shrunk where the image is larger than the data set wants. A pseudo-mask was made from
+    the shrunk image and has its size.
 
     Raises:
         InputError: a file that cannot be read, or a mask that does not fit the image.
@@ -103,28 +118,33 @@ def read(item: Item) -> tuple[ImageFile | Drawn, ImageFile | Drawn | None]:
         pixels, target = shapes.draw(item.image)
         image, mask = Drawn(pixels), Drawn(target) if isinstance(item.mask, int) else None
     else:
-        image, mask = open_image(item.image), None
-    return image, open_mask(item.mask, image) if isinstance(item.mask, Path) else mask
+        image, mask = open_shrunk(item.image, data.long_side, data.grey_range), None
+    if not isinstance(item.mask, Path):
+        return image, mask
+    if isinstance(image, Shrunk) and not item.pseudo:
+        return image, Shrunk(open_mask(item.mask, image.file), image.size)
+    return image, open_mask(item.mask, image)
 
 
 class Labels:
     """Looks up the labels of masks.
 
-    The values of a data set's own masks are mapped; those of a pseudo-mask are labels already.
+    The values or colours of a data set's own masks are mapped; the values of a pseudo-mask are
+    labels already.
     """
 
     def __init__(self, data: DataSource):
-        self.own = LabelTable(data.label_map, data.num_classes)
+        self.own = data.label_table()
         self.pseudo = LabelTable(range(256), data.num_classes)
 
-    def of(self, item: Item, values: np.ndarray) -> Tensor:
-        """Labels (H,W) uint8 of the values in an item's mask.
+    def of(self, item: Item, mask: Opened, box: Box | None = None) -> Tensor:
+        """Labels (H,W) uint8 in an item's mask, or in its part under `box`.
 
         Raises:
-            InputError: a label that is neither a class nor 255.
+            InputError: a value or colour that is neither a class nor ignored.
         """
         table = self.pseudo if item.pseudo else self.own
-        return torch.from_numpy(table.look_up(values, item.mask))
+        return torch.from_numpy(table.read(mask, box))
 
 
 def load_data(args: argparse.Namespace) -> DataSource:
@@ -133,13 +153,16 @@ def load_data(args: argparse.Namespace) -> DataSource:
     Raises:
         InputError: what `datasets.load` and `check` raise, or a crop too large.
     """
-    data = datasets.load(args)
-    sizes = check.files(data)
+    data = replace(datasets.load(args), long_side=args.long_side)
+    looks = check.files(data)
+    data = replace(data, grey_range=check.grey_range(data, looks))
     check.masks(data)
     check.note_shared_images(data)
 
     def sizes_of(*items: Item) -> set[tuple[int, int]]:
-        return {sizes.get(item.image, (shapes.SIZE, shapes.SIZE)) for item in items}
+        files = [item.image for item in items if isinstance(item.image, Path)]
+        drawn = {(shapes.SIZE, shapes.SIZE)} if len(files) < len(items) else set()
+        return drawn | {working_size(looks[file].size, data.long_side) for file in files}
 
     longest = max(max(size) for size in sizes_of(*data.labelled, *data.val))
     if args.crop_size > 2 * longest:
@@ -179,7 +202,8 @@ class TrainSet(Dataset):
         stream: int,
         strong: Callable[[dict, Item], dict] | None = None,
     ):
-        self.items, self.augment, self.strong = items, augment, strong
+        self.data, self.items = data, items
+        self.augment, self.strong = augment, strong
         self.seed, self.stream = seed, stream
         self.labels = Labels(data)
 
@@ -190,7 +214,7 @@ class TrainSet(Dataset):
             # Not torch.manual_seed: that would reseed CUDA too, and dropout with it, when there
             # are no workers.
             torch.default_generator.manual_seed(seed)
-            image, mask = read(item)
+            image, mask = read(item, self.data)
             window = self.augment.draw(*image.size)
             sample = {"name": item.name, **crop_image(image, window, self.augment.crop)}
             if mask is not None:
@@ -200,7 +224,7 @@ class TrainSet(Dataset):
         return sample
 
 
-def crop_image(image: ImageFile | Drawn, window: Window, crop: int) -> dict:
+def crop_image(image: Opened, window: Window, crop: int) -> dict:
     """`image` and `valid_mask` of a sample: the window of an image, padded to `crop`."""
     width, height = window.size
     left, top, right, bottom = box = window.box
@@ -213,17 +237,15 @@ def crop_image(image: ImageFile | Drawn, window: Window, crop: int) -> dict:
     return {"image": pixels, "valid_mask": valid_mask}
 
 
-def crop_target(
-    mask: ImageFile | Drawn, item: Item, labels: Labels, window: Window, crop: int
-) -> Tensor:
+def crop_target(mask: Opened, item: Item, labels: Labels, window: Window, crop: int) -> Tensor:
     """`target` of a sample: the labels under the window, padded with 255 to `crop`.
 
     Only these are looked up, not the whole mask.
     """
     width, height = window.size
-    values = fit(torch.from_numpy(mask.values(window.box)), window, "nearest-exact")
     target = torch.full((crop, crop), IGNORE, dtype=torch.uint8)
-    target[:height, :width] = labels.of(item, values.numpy())
+    part = labels.of(item, mask, window.box)
+    target[:height, :width] = fit(part, window, "nearest-exact")
     return target
 
 
@@ -235,7 +257,7 @@ class EvalSet(Dataset):
     """
 
     def __init__(self, data: DataSource, items: tuple[Item, ...]):
-        self.items, self.labels = items, Labels(data)
+        self.data, self.items, self.labels = data, items, Labels(data)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -243,17 +265,17 @@ class EvalSet(Dataset):
     def __getitem__(self, index: int) -> dict:
         item = self.items[index]
         with naming_if_too_large(item.image):
-            image, mask = read(item)
+            image, mask = read(item, self.data)
             sample = {"image": image.pixels(), "name": item.name}
             if mask is not None:
-                sample["target"] = self.labels.of(item, mask.values())
+                sample["target"] = self.labels.of(item, mask)
         return sample
 
 
-def _loader(dataset: Dataset, args: argparse.Namespace, **options) -> DataLoader:
+def new_loader(dataset: Dataset, args: argparse.Namespace, **options) -> DataLoader:
     """A DataLoader that never draws from the global random generator.
 
-    Its workers leave Ctrl-C to the main process.
+    Its workers leave Ctrl-C to the main process. Of the settings it reads `workers` and `device`.
     """
     if args.workers:
         options |= {"prefetch_factor": 4, "persistent_workers": True}
@@ -303,10 +325,8 @@ def train_loader(
     dataset = TrainSet(data, items, augment, args.seed, stream, strong)
     rank, world = distributed.rank(), distributed.world_size()
     order = stream if order is None else order
-    sampler = StreamSampler(
-        len(items), args.batch_size, args.seed, order, start, stop, rank, world
-    )
-    return _loader(dataset, args, batch_sampler=sampler)
+    sampler = StreamSampler(len(items), args.batch_size, args.seed, order, start, stop, rank, world)
+    return new_loader(dataset, args, batch_sampler=sampler)
 
 
 def share(items: Sequence[Item]) -> Sequence[Item]:
@@ -316,7 +336,7 @@ def share(items: Sequence[Item]) -> Sequence[Item]:
 
 def eval_loader(data: DataSource, items: Sequence[Item], args: argparse.Namespace) -> DataLoader:
     """This process's share of whole images."""
-    return _loader(EvalSet(data, share(items)), args, batch_size=data.val_batch)
+    return new_loader(EvalSet(data, share(items)), args, batch_size=data.val_batch)
 
 
 def equal_size_loader(
@@ -340,10 +360,12 @@ def equal_size_loader(
     groups: dict[tuple[int, int], list[int]] = {}
     for index, item in enumerate(mine):
         drawn = isinstance(item.image, int)
-        size = (shapes.SIZE, shapes.SIZE) if drawn else open_image(item.image).size
+        size = (shapes.SIZE, shapes.SIZE)
+        if not drawn:
+            size = open_shrunk(item.image, data.long_side, data.grey_range).size
         groups.setdefault(size, []).append(index)
     batches = []
     for (width, height), group in groups.items():
         count = min(BATCH_IMAGES, max(1, pixels // (width * height)))
         batches += [group[start : start + count] for start in range(0, len(group), count)]
-    return _loader(EvalSet(data, mine), args, batch_sampler=batches)
+    return new_loader(EvalSet(data, mine), args, batch_sampler=batches)

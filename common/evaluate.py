@@ -10,14 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import distributed
 from common.augment import IGNORE, normalise
 from common.data import eval_loader
-from common.datasets import DataSource, Item
 from common.deeplabv3plus import full_softmax
 from common.runtime import check_signal
+from common.source import DataSource, Item
 from kernels import pseudo_label
 
 
@@ -135,6 +136,30 @@ def probabilities(network: nn.Module, images: Tensor, window: int = 0) -> Tensor
                 total = part.new_zeros(*part.shape[:2], height, width)
             total[:, :, rows, columns] += part
     return total
+
+
+def averaged_probabilities(
+    network: nn.Module, images: Tensor, window: int, scales: Sequence[float]
+) -> Tensor:
+    """The mean of the softmax maps over scales, each with its mirror image: (N,C,H,W) float32.
+
+    Args:
+        network: gives logits at any resolution.
+        images: (N,3,H,W).
+        window: as in `probabilities`.
+        scales: factors of the images' size; 1 is the image itself.
+    """
+    height, width = images.shape[2:]
+    total = 0
+    for scale in scales:
+        size = (max(1, round(height * scale)), max(1, round(width * scale)))
+        scaled = F.interpolate(images, size, mode="bilinear", antialias=scale < 1)
+        for mirrored in (False, True):
+            probs = probabilities(network, scaled.flip(3) if mirrored else scaled, window)
+            probs = probs.flip(3) if mirrored else probs
+            probs = probs / probs.sum(1, keepdim=True)  # overlapping windows have added up
+            total = total + F.interpolate(probs, (height, width), mode="bilinear")
+    return total / (2 * len(scales))
 
 
 def predict(network: nn.Module, images: Tensor, window: int = 0) -> Tensor:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from common import checkpoint, distributed
 from common.augment import normalise
 from common.data import EvalSet
-from common.datasets import DataSource, Item
 from common.evaluate import device_of, evaluating, predict
+from common.source import DataSource, Item, spread
 from kernels import pseudo_label, set_backend
 
 LONGEST = 512  # pixels of an image's longest side in a figure
@@ -62,11 +62,6 @@ def shrink(pixels: np.ndarray, longest: int = LONGEST) -> np.ndarray:
     """
     step = -(-max(pixels.shape[:2]) // longest)
     return pixels[::step, ::step]
-
-
-def spread(items: Sequence[Item], count: int) -> Sequence[Item]:
-    """`count` items, or all, evenly spaced."""
-    return items[:: max(1, len(items) // count)][:count]
 
 
 def some_images(data: DataSource, items: Sequence[Item], count: int) -> list[dict]:

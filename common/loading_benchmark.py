@@ -23,7 +23,7 @@ from torch import Tensor
 
 from common.augment import IMAGENET_MEAN, IMAGENET_STD, ScaleFrom, WeakAugment
 from common.data import Key, TrainSet
-from common.datasets import DataSource, Item
+from common.source import DataSource, Item
 
 SCALES = (0.5, 0.75, 1.0, 1.5, 1.75, 2.0)  # CPS's
 MASK_SLOPE = 3.0  # of the noise whose levels are the classes: masks of 3 and 25 kB

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from common import InputError, checkpoint, distributed
 from common.cli import note
-from common.datasets import DataSource
 from common.evaluate import Scores
 from common.schedule import Schedule
+from common.source import DataSource
 
 # Columns of metrics.csv; between them what a script measures, as it comes.
 FIRST_COLUMNS, LAST_COLUMNS = ("iteration", "epoch", "lr"), ("seconds", "peak_memory_mb")
@@ -34,14 +34,15 @@ NOT_ON_BOARD = {"iteration", "epoch", *LAST_COLUMNS}  # TensorBoard has axes of 
 
 # The settings that a run prints when it begins; those in neither list are the method's own.
 SETTINGS = {
-    "data": ("data_dir", "crop_size", "scale"),
+    "data": ("data_dir", "long_side", "crop_size", "scale"),
     "network": ("backbone", "weights", "output_stride", "dropout"),
     "schedule": ("batch_size", "eval_interval", "eval_iters", "eval_window"),
     "optimisation": ("lr", "head_lr_mult", "weight_decay", "decay_norm", "ohem"),
     "machine": ("device", "amp", "compile", "kernels", "workers", "seed", "deterministic"),
 }
 NOT_SHOWN = {
-    "method", "data", "split", "labelled_list", "extra", "extra_count",  # the first line tells
+    "method", "data", "split", "labelled_list", "val_fraction", "extra", "extra_count",
+    "reasons",  # lines of their own tell them
     "epochs", "max_iters",  # the schedule's own text tells
     "download", "measure_pseudo_labels", "output_dir", "run", "stage", "resume", "eval_only",
     "log_interval", "save_interval", "debug", "views",
@@ -120,6 +121,9 @@ class Report:
         try:
             if not self.resumed:
                 checkpoint.write(unlabelled_names(self.data), self.folder / "unlabelled.txt")
+                for part, items in (("labelled", self.data.labelled), ("val", self.data.val)):
+                    names = [item.name for item in items]
+                    checkpoint.write(names, self.folder / f"{part}.txt")
                 checkpoint.write(self.description(), self.folder / "args.json")
             self.log = open(self.folder / "log.txt", "a" if self.resumed else "w", buffering=1)
         except OSError as error:
@@ -142,6 +146,7 @@ class Report:
             "colours": self.data.colours,
             "protocol": self.data.protocol,
             "labelled_list_sha1": self.data.list_hash,
+            "grey_range": self.data.grey_range,
             "iterations": self.schedule.total,
             "processes": distributed.world_size(),
             "git_commit": commit,
@@ -185,6 +190,8 @@ class Report:
             f"{args.method} on {data.name}: {data.protocol}, {len(data.val)} for validation, "
             f"{len(data.classes)} classes"
         )
+        for reason in getattr(args, "reasons", ()):
+            self.say(f"chosen: {reason}")
         first = next(iter(networks.values()))
         millions = sum(parameter.numel() for parameter in first.parameters()) / 1e6
         more = {

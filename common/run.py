@@ -28,11 +28,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from common import checkpoint, distributed, figures, runtime, sync_batch_norm
 from common.data import load_data, train_loader
-from common.datasets import DataSource, Item
 from common.deeplabv3plus import DeepLabV3Plus, parameter_groups
 from common.evaluate import Scores, pseudo_accuracy
 from common.report import Report
 from common.schedule import Schedule
+from common.source import DataSource, Item
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 POLL_EVERY = 10  # iterations after which several processes ask each other for signals

@@ -112,7 +112,7 @@ def settings(**changes) -> argparse.Namespace:
         "data": "shapes", "data_dir": None, "download": False, "split": "1/8",
         "labelled_list": None, "extra": None, "extra_count": 3000, "measure_pseudo_labels": False,
         "seed": 0, "crop_size": 32, "scale": "0.5,1,2", "batch_size": 4, "workers": 0,
-        "device": "cpu",
+        "device": "cpu", "long_side": None, "val_fraction": 0.2,
     }  # fmt: skip
     return argparse.Namespace(**{**values, **changes})
 
@@ -184,11 +184,11 @@ def camvid_tree(tmp_path: Path) -> Path:
 @pytest.fixture
 def voc_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """VOCdevkit/VOC2012 with the first images of the real lists, and lists cut down to them."""
-    from common import datasets
+    from common import source
 
     lists = tmp_path / "lists"
     (lists / "voc").mkdir(parents=True)
-    real = datasets.SPLITS / "voc"
+    real = source.SPLITS / "voc"
     labelled, train, val = (
         (real / f"{name}.txt").read_text().split() for name in ("1-8", "train", "val")
     )
@@ -197,7 +197,7 @@ def voc_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     labelled, unlabelled, val = labelled[:4], unlabelled[:6], val[:2]
     for name, ids in (("1-8", labelled), ("train", labelled + unlabelled), ("val", val)):
         (lists / "voc" / f"{name}.txt").write_text("\n".join(ids) + "\n")
-    monkeypatch.setattr(datasets, "SPLITS", lists)
+    monkeypatch.setattr(source, "SPLITS", lists)
     base = tmp_path / "VOCdevkit" / "VOC2012"
     for index, name in enumerate(labelled + unlabelled + val):
         write_picture(base / "JPEGImages" / f"{name}.jpg", seed=index)
@@ -213,7 +213,7 @@ def cityscapes_tree(tmp_path: Path) -> Path:
 
     The 186 images of the list 1/16, five unlabelled, two for validation, three of train_extra.
     """
-    from common import datasets
+    from common import source
 
     def image(name: str, part: str, seed: int) -> None:
         city = name.split("_")[0]
@@ -225,7 +225,7 @@ def cityscapes_tree(tmp_path: Path) -> Path:
         path = tmp_path / "gtFine" / part / city / f"{name}_gtFine_labelIds.png"
         write_mask(path, 34, (16, 8), seed)
 
-    names = (datasets.SPLITS / "cityscapes" / "1-16.txt").read_text().split()
+    names = (source.SPLITS / "cityscapes" / "1-16.txt").read_text().split()
     assert names[4].startswith("aachen")
     for index, name in enumerate([*names, *(f"aachen_{i:06}_999999" for i in range(5))]):
         image(name, "train", index)

@@ -131,7 +131,7 @@ def test_runs_with_other_labelled_images_are_not_compared(tmp_path):
     rows = []
     for name, sha1, threads in (("a", "1", 1), ("b", "1", 2), ("c", "2", 2)):
         description = {
-            "args": {"method": "cps"},
+            "args": {"method": "cps", "seed": 0},
             "git_commit": "c",
             "processes": 1,
             "hardware": "cpu",

@@ -12,7 +12,7 @@ import torch
 from conftest import settings, write_mask, write_picture
 from PIL import ExifTags, Image, ImageOps
 
-from common import InputError, check, datasets, distributed, download, shapes
+from common import InputError, check, datasets, distributed, download, shapes, source
 from common.augment import (
     HalfOrDouble,
     LongSide,
@@ -35,8 +35,8 @@ from common.data import (
     load_data,
     train_loader,
 )
-from common.datasets import DataSource, Item
 from common.images import FAST_DECODERS, Drawn, LabelTable, open_image, open_mask
+from common.source import DataSource, Item
 
 # ---------------------------------------------------------------------------------------- data sets
 
@@ -99,7 +99,7 @@ def test_voc_download_converts_sbd_once(voc_tree, monkeypatch):
         shutil.copy(path, base / "SegmentationClass" / path.name)  # VOC's own mask wins
         own = path.stem
     (sbd / "cls").mkdir(parents=True)
-    names = (datasets.SPLITS / "voc" / "train.txt").read_text().split()
+    names = (source.SPLITS / "voc" / "train.txt").read_text().split()
     for name in names:
         content = np.zeros((1, 1), dtype=[("Segmentation", object)])
         content[0, 0] = (np.full((48, 64), 7, np.uint8),)
@@ -222,11 +222,11 @@ def test_own_folder_with_fraction_and_list(own_folder):
 def test_published_lists_have_their_sizes_and_name_training_images(
     folder: str, name: str, count: int
 ):
-    ids = datasets.read_list(datasets.SPLITS / folder / f"{name}.txt")
+    ids = source.read_list(source.SPLITS / folder / f"{name}.txt")
     assert len(ids) == count
     if folder == "voc":
         train, val = (
-            set(datasets.read_list(datasets.SPLITS / "voc" / f"{part}.txt"))
+            set(source.read_list(source.SPLITS / "voc" / f"{part}.txt"))
             for part in ("train", "val")
         )
         assert set(ids) <= (val if name == "val" else train) and not train & val
@@ -234,7 +234,7 @@ def test_published_lists_have_their_sizes_and_name_training_images(
 
 def test_u2pl_lists_prefer_the_fine_masks():
     fine, cps, u2pl = (
-        set(datasets.read_list(datasets.SPLITS / "voc" / f"{name}.txt"))
+        set(source.read_list(source.SPLITS / "voc" / f"{name}.txt"))
         for name in ("1464", "1-8", "u2pl-1-8")
     )
     assert u2pl <= fine and len(cps & u2pl) == 172
@@ -292,9 +292,9 @@ def test_names_that_stand_twice_are_refused(own_folder):
 
 
 def test_images_of_other_formats_are_not_left_out_silently(own_folder):
-    (own_folder / "images" / "unlabelled" / "scan.bmp").write_bytes(b"")
+    (own_folder / "images" / "unlabelled" / "scan.exr").write_bytes(b"")
     with pytest.raises(
-        InputError, match=r"only \.png and \.jpg .* are read; convert or remove .*scan\.bmp"
+        InputError, match=r"only \.png, \.jpg, .* are read; convert or remove .*scan\.exr"
     ):
         datasets.load(settings(data="folder", data_dir=str(own_folder), split="all"))
 
@@ -311,7 +311,7 @@ def own(own_folder, **changes):
     return settings(**{"data": "folder", "data_dir": str(own_folder), "split": "all", **changes})
 
 
-@pytest.mark.parametrize("suffix", [".heic", ".avif", ".TIFF", ".jp2"])
+@pytest.mark.parametrize("suffix", [".heic", ".avif", ".GIF", ".jp2"])
 def test_all_images_of_other_formats_are_named_at_once(own_folder, suffix: str):
     for index in range(7):
         path = own_folder / "images/val/deep/er" / f"{index}{suffix}"
@@ -447,8 +447,8 @@ def test_masks_of_0_and_255_in_one_set_are_refused(own_folder, part: str, title:
 
 def test_a_wrong_label_is_found_in_the_crop_that_holds_it(own_folder):
     """Of a large set only some masks are looked up before training."""
-    write_mask(own_folder / "masks/labelled/labelled0.png", 3, extra=(77,))  # the first pixel
     data = datasets.load(own(own_folder))
+    write_mask(own_folder / "masks/labelled/labelled0.png", 3, extra=(77,))  # the first pixel
     item = data.labelled[0]
     mask = open_mask(item.mask, open_image(item.image))
     crop_target(mask, item, Labels(data), Window((1, 0, 33, 32), (32, 32), False), 32)
@@ -483,7 +483,7 @@ def test_processes_share_the_check_and_all_learn_of_every_fault(own_folder, monk
     data = datasets.load(own(own_folder))
     looked = []
     with monkeypatch.context() as patch:
-        patch.setattr(check, "_size", lambda item: looked.append(item.name))
+        patch.setattr(check, "_look", lambda item: looked.append(item.name))
         for rank in range(3):
             pretend(patch, rank, 3)
             check.files(data)
@@ -570,7 +570,7 @@ def test_a_file_of_another_kind_is_refused_whatever_its_name(tmp_path, monkeypat
         "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
     )
     with pytest.raises(
-        InputError, match=r"p\.png: cannot be read \(no PNG or JPEG file, whatever its name says\)"
+        InputError, match=r"p\.png: cannot be read \(no PNG, JPEG, TIFF, BMP or WEBP file,"
     ):
         open_image(tmp_path / "p.png").pixels()
 
@@ -731,7 +731,8 @@ def test_bad_masks_are_named_with_the_values_found(tmp_path):
     with pytest.raises(InputError, match=r"deep\.png: labels 300"):
         labels_of(tmp_path / "deep.png", 3)
     Image.fromarray(np.zeros((48, 64), np.uint8)).save(tmp_path / "lossy.png", format="JPEG")
-    with pytest.raises(InputError, match=r"lossy\.png: cannot be read \(no PNG file"):
+    message = r"lossy\.png: cannot be read \(no PNG, TIFF, BMP, GIF or WEBP file"
+    with pytest.raises(InputError, match=message):
         labels_of(tmp_path / "lossy.png", 3)
 
 
@@ -781,7 +782,7 @@ def test_masks_whose_values_pil_would_stretch_are_refused(tmp_path):
 def test_masks_of_0_and_255_alone_are_questioned(own_folder):
     for path in own_folder.glob("masks/*/*.png"):
         Image.fromarray(np.array(Image.open(path)) // 2 * 255).save(path)
-    with pytest.raises(InputError, match="hold only 0 and 255"):
+    with pytest.raises(InputError, match=r"hold 0 and 255 alone, .*\nbackground 0\ncat 255"):
         load_data(settings(data="folder", data_dir=str(own_folder), split="all"))
 
 
@@ -798,10 +799,10 @@ def test_ids_may_hold_dots_and_lists_must_be_text(tmp_path):
     (tmp_path / "list.txt").write_text(
         "a.v1\nb c\nx/d.v2.jpg y/d.v2.png\nleftImg8bit/ulm/e_leftImg8bit.png gtFine/e.png\n"
     )
-    assert datasets.read_list(tmp_path / "list.txt") == ["a.v1", "b c", "d.v2", "e"]
+    assert source.read_list(tmp_path / "list.txt") == ["a.v1", "b c", "d.v2", "e"]
     (tmp_path / "list.txt").write_bytes(bytes(range(128, 256)))
     with pytest.raises(InputError, match="not a text file"):
-        datasets.read_list(tmp_path / "list.txt")
+        source.read_list(tmp_path / "list.txt")
 
 
 def test_truncated_image_is_named(tmp_path):

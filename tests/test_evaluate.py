@@ -10,7 +10,6 @@ import torch
 from conftest import settings, write_picture
 from PIL import Image
 
-from common.datasets import DataSource, Item
 from common.evaluate import (
     evaluate,
     predict,
@@ -20,6 +19,7 @@ from common.evaluate import (
     starts,
     update,
 )
+from common.source import DataSource, Item
 
 
 def confusion(target: list, prediction: list, classes: int) -> torch.Tensor:

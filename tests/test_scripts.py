@@ -15,14 +15,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, damage, run, write_mask, write_picture
-from PIL import ExifTags, Image
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common import InputError, figures, predict, runtime
+from common import runtime
 from common.data import StreamSampler
 
 SHORT = (
@@ -427,84 +426,6 @@ def test_a_loss_that_is_not_finite_stops_with_the_checkpoint_untouched(tmp_path)
     message = r"the loss is (nan|inf) at iteration \d+; its images: shape\d+"
     assert re.search(message, result.stderr)
     assert not (folder / "last.pt").exists()
-
-
-# ------------------------------------------------------------------------------------- prediction
-
-
-def test_predict_writes_masks_and_overlays_of_the_images_size(finished, tmp_path, capsys):
-    images = tmp_path / "images"
-    write_picture(images / "one.jpg", (90, 70))
-    write_picture(images / "deep" / "two.v1.png", (64, 64))
-    write_picture(images / "._one.jpg")
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    Image.open(images / "one.jpg").save(images / "turned.jpg", exif=exif)
-    out = images / "out"
-    for _ in range(2):  # the second time the overlays of the first are no images to predict
-        predict.main([str(finished), str(images), "--output", str(out)])
-        assert re.search(r"^3 \w+ predicted", capsys.readouterr().out)
-    mask = Image.open(out / "masks" / "one.png")
-    assert mask.mode == "P" and mask.size == (90, 70) and np.asarray(mask).max() < 12
-    assert mask.getpalette()[3:6] == [220, 60, 60]
-    assert Image.open(out / "overlays" / "one.png").size == (90, 70)
-    assert Image.open(out / "masks" / "turned.png").size == (70, 90)
-    assert Image.open(out / "overlays" / "deep" / "two.v1.png").size == (64, 64)
-    shutil.rmtree(out)
-    damage(images / "bad.png")
-    message = r"1 could not be predicted: .*bad\.png: cannot be decoded"
-    with pytest.raises(InputError, match=message):
-        predict.main([str(finished), str(images), "--output", str(tmp_path / "again")])
-    assert len(list((tmp_path / "again" / "masks").rglob("*.png"))) == 3
-
-
-def test_predict_names_an_image_too_large_for_the_memory_and_goes_on(
-    finished, tmp_path, capsys, monkeypatch
-):
-    def too_large(network, images, *_):
-        if images.shape[-1] == 90:
-            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-        return images[:, 0].byte() % 6
-
-    write_picture(tmp_path / "one.jpg", (90, 70))
-    write_picture(tmp_path / "two.jpg", (64, 64))
-    monkeypatch.setattr(predict, "predict", too_large)
-    message = r"1 could not be predicted: .*one\.jpg: too large for this machine's memory"
-    with pytest.raises(InputError, match=message):
-        predict.main([str(finished), str(tmp_path), "--output", str(tmp_path / "out")])
-    assert re.search(r"^1 \w+ predicted", capsys.readouterr().out)
-
-
-def test_predict_names_what_is_wrong_with_its_arguments(finished, tmp_path):
-    for arguments, message in (
-        ((finished, tmp_path / "nowhere"), "no file or folder"),
-        ((finished, tmp_path), r"no \.png, \.jpg or \.jpeg"),
-        ((finished, ROOT, "--network", "teacher"), "not 'teacher'"),
-        ((finished, ROOT, "--device", "toaster"), "--device toaster"),
-    ):
-        with pytest.raises(InputError, match=message):
-            predict.main([str(argument) for argument in arguments])
-    result = run("-m", "common.predict", tmp_path, tmp_path, expect=2)
-    assert "no run in" in result.stderr and len(result.stderr.splitlines()) == 1
-
-
-def test_a_run_without_triton_predicts_without_it(finished, tmp_path, monkeypatch):
-    """A machine without a C compiler trains with --kernels torch."""
-    shutil.copytree(finished, tmp_path / "run")
-    description = json.loads((tmp_path / "run" / "args.json").read_text())
-    description["args"]["kernels"] = "torch"
-    (tmp_path / "run" / "args.json").write_text(json.dumps(description))
-    write_picture(tmp_path / "one.jpg")
-    given = []
-    monkeypatch.setattr(predict, "set_backend", given.append)
-    predict.main([str(tmp_path / "run"), str(tmp_path / "one.jpg"), "--device", "cpu"])
-    assert given == ["torch"]
-
-
-def test_a_comparison_draws_on_the_device_of_its_runs(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # but the run took --device cpu
-    figures.side_by_side({"CPS": finished}, tmp_path / "page.png", count=1)
-    assert Image.open(tmp_path / "page.png").width > 300
 
 
 # ------------------------------------------------------------------------------- several processes

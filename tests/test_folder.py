@@ -1,0 +1,466 @@
+"""The user's own data: layouts, classes, values and colours in masks, formats, what is chosen."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import settings, write_mask, write_picture
+from PIL import Image
+
+import cps
+import supervised
+import u2pl
+from common import InputError, check, datasets
+from common.augment import ScaleFrom, WeakAugment
+from common.data import EvalSet, Key, TrainSet, equal_size_loader, load_data
+from common.folder import parse_line
+from common.images import Shrunk, open_image, open_mask, working_size
+
+
+def own(root, **changes):
+    """Settings for the user's own data, all labelled."""
+    return settings(**{"data": "folder", "data_dir": str(root), "split": "all", **changes})
+
+
+@pytest.fixture
+def flat(tmp_path):
+    """The simplest layout: ten images, four of them with masks of three labels."""
+    (tmp_path / "classes.txt").write_text("background\ncat\ndog\n")
+    for index in range(10):
+        write_picture(tmp_path / "images" / f"p{index}.jpg", seed=index)
+    for index in range(4):
+        write_mask(tmp_path / "masks" / f"p{index}.png", 3, seed=index)
+    return tmp_path
+
+
+def change_masks(root, change) -> dict[str, np.ndarray]:
+    """Rewrite all masks below a folder; returns their labels before by file name."""
+    before = {}
+    for path in sorted((root / "masks").rglob("*.png")):
+        before[path.stem] = np.array(Image.open(path))
+        Image.fromarray(change(before[path.stem])).save(path)
+    return before
+
+
+def targets(data) -> dict[str, np.ndarray]:
+    """The target of every image with a mask, as evaluation reads it."""
+    items = (*data.labelled, *data.val)
+    samples = EvalSet(data, items)
+    return {samples[index]["name"]: samples[index]["target"].numpy() for index in range(len(items))}
+
+
+# ----------------------------------------------------------------------------------------- layout
+
+
+def test_an_image_with_a_mask_is_labelled_and_one_without_is_not(flat):
+    data = load_data(own(flat))
+    assert len(data.labelled) == 3 and len(data.val) == 1 and len(data.unlabelled) == 6
+    with_masks = {item.name for item in (*data.labelled, *data.val)}
+    assert with_masks == {"p0", "p1", "p2", "p3"}
+    assert all(item.mask is None for item in data.unlabelled)
+    assert data.protocol == (
+        "4 images with masks, 1 of them held out for validation by the seed: "
+        "3 labelled, 6 unlabelled"
+    )
+
+
+def test_the_seed_decides_what_is_held_out(flat):
+    for index in range(4, 10):
+        write_mask(flat / "masks" / f"p{index}.png", 3, seed=index)
+
+    def val(seed: int, fraction: float = 0.2) -> set[str]:
+        data = datasets.load(own(flat, seed=seed, val_fraction=fraction))
+        assert not {item.name for item in data.val} & {item.name for item in data.labelled}
+        return {item.name for item in data.val}
+
+    assert val(0) == val(0) and len(val(0)) == 2 and len(val(0, 0.5)) == 5
+    assert len({frozenset(val(seed)) for seed in range(6)}) > 1
+    assert len(val(0, 0.999)) == 9  # one is left to train on
+
+
+def test_what_the_split_leaves_is_held_out_first(flat):
+    """No label is lost, and the labelled list is the same for all seeds."""
+    for index in range(4, 10):
+        write_mask(flat / "masks" / f"p{index}.png", 3, seed=index)
+    for seed in range(5):
+        data = datasets.load(own(flat, split="1/2", seed=seed))
+        assert [item.name for item in data.labelled] == ["p0", "p2", "p4", "p6", "p8"]
+        assert len(data.val) == 2 and len(data.unlabelled) == 3
+    (flat / "list.txt").write_text("p3\np7\n")
+    data = datasets.load(own(flat, labelled_list=str(flat / "list.txt"), split="list.txt"))
+    assert [item.name for item in data.labelled] == ["p3", "p7"] and len(data.val) == 2
+    measured = datasets.load(own(flat, split="1/2", measure_pseudo_labels=True))
+    assert len(measured.audit) == 3 and not set(measured.audit) & set(measured.val)
+
+
+def test_a_folder_val_is_the_validation_set(flat):
+    for index in range(2):
+        write_picture(flat / "images/val" / f"v{index}.jpg", seed=20 + index)
+        write_mask(flat / "masks/val" / f"v{index}.png", 3)
+    data = load_data(own(flat))
+    assert [item.name for item in data.val] == ["v0", "v1"]
+    assert len(data.labelled) == 4 and len(data.unlabelled) == 6
+    assert "held out" not in data.protocol
+
+
+def test_roles_without_val_are_held_out_from_the_labelled(own_folder):
+    for path in (own_folder / "images/val").iterdir():
+        path.unlink()
+    data = load_data(own(own_folder))
+    assert (len(data.labelled), len(data.unlabelled), len(data.val)) == (3, 6, 1)
+
+
+def test_subfolders_keep_their_names(flat):
+    write_picture(flat / "images/street/p0.jpg", seed=30)
+    write_mask(flat / "masks/street/p0.png", 3, seed=30)
+    write_picture(flat / "images/street/p1.jpg", seed=31)
+    data = datasets.load(own(flat))
+    assert "street/p0" in {item.name for item in (*data.labelled, *data.val)}
+    assert "street/p1" in {item.name for item in data.unlabelled}
+
+
+@pytest.mark.parametrize("ending", ["_mask", "_L", "_gt"])
+def test_masks_may_have_an_ending(flat, ending: str):
+    for path in (flat / "masks").iterdir():
+        path.rename(path.with_stem(path.stem + ending))
+    data = load_data(own(flat))
+    assert {item.name for item in (*data.labelled, *data.val)} == {"p0", "p1", "p2", "p3"}
+    assert len(data.unlabelled) == 6
+
+
+def test_masks_of_other_names_are_named(flat):
+    for path in (flat / "masks").iterdir():
+        path.rename(path.with_stem("x" + path.stem))
+    with pytest.raises(InputError, match=r"none of the 4 masks in .*, such as xp0\.png, has"):
+        datasets.load(own(flat))
+
+
+def test_what_is_missing_is_said(flat, tmp_path_factory):
+    for path in sorted((flat / "masks").iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(InputError, match="only one image has a mask"):
+        datasets.load(own(flat))
+    (flat / "masks/p0.png").unlink()
+    with pytest.raises(InputError, match=r"no masks in .*masks"):
+        datasets.load(own(flat))
+    empty = tmp_path_factory.mktemp("empty")
+    with pytest.raises(InputError, match=r"no folder .*images"):
+        datasets.load(own(empty))
+
+
+def test_jpeg_masks_are_refused(flat):
+    Image.fromarray(np.zeros((48, 64), np.uint8)).save(flat / "masks/p5.jpg")
+    with pytest.raises(InputError, match=r"convert or remove .*masks.p5\.jpg"):
+        datasets.load(own(flat))
+
+
+def test_a_run_keeps_its_lists(flat, begin):
+    run = begin(supervised, "--data", "folder", "--data-dir", str(flat), "--max-iters", "1")
+    names = {part: (run.book.folder / f"{part}.txt").read_text().split() for part in
+             ("labelled", "unlabelled", "val")}  # fmt: skip
+    assert sorted(names["labelled"] + names["val"]) == ["p0", "p1", "p2", "p3"]
+    assert names["val"] == [item.name for item in run.data.val]
+    assert names["unlabelled"] == [f"p{index}" for index in range(4, 10)]
+
+
+# ---------------------------------------------------------------------------- values and colours
+
+
+def test_binary_masks_of_0_and_255(flat):
+    (flat / "classes.txt").write_text("background 0\ncat 255\n")
+    before = change_masks(flat, lambda labels: (labels == 1).astype(np.uint8) * 255)
+    data = load_data(own(flat))
+    assert data.classes == ("background", "cat") and data.background == 0
+    for name, target in targets(data).items():
+        assert (target == (before[name] == 1)).all()
+
+
+def test_binary_masks_without_values_get_the_two_lines_to_write(flat):
+    change_masks(flat, lambda labels: (labels == 1).astype(np.uint8) * 255)
+    (flat / "classes.txt").write_text("ground\ncat\n")
+    with pytest.raises(InputError, match=r"hold 0 and 255 alone.*\nground 0\ncat 255$"):
+        load_data(own(flat))
+    (flat / "classes.txt").unlink()
+    with pytest.raises(InputError, match=r"no .*classes\.txt: .*\nbackground 0\nobject 255$"):
+        load_data(own(flat))
+
+
+def test_arbitrary_values_several_a_class_and_above_255(flat):
+    (flat / "classes.txt").write_text("low 7 9\nhigh 300 40000\nignored 0\n")
+    values = np.array([[7, 300, 0], [9, 40000, 0]])
+    before = change_masks(flat, lambda labels: values[labels % 2, labels].astype(np.uint16))
+    data = load_data(own(flat))
+    for name, target in targets(data).items():
+        expected = np.array([0, 1, 255])[before[name]]
+        assert (target == expected).all()
+    crops = TrainSet(data, data.labelled, WeakAugment(32, ScaleFrom((1.0,))), 0, 0)
+    assert set(crops[Key(0, 0, 0)]["target"].unique().tolist()) <= {0, 1, 255}
+
+
+def test_a_value_of_no_class_is_named(flat):
+    (flat / "classes.txt").write_text("background 0\ncat 1\n")
+    with pytest.raises(InputError, match=r"p\d\.png: labels 2 in the mask; 0 to 1 and 255"):
+        load_data(own(flat))
+    (flat / "classes.txt").write_text("background *\ncat 1\n")
+    assert all(
+        set(np.unique(target)) == {0, 1} for target in targets(load_data(own(flat))).values()
+    )
+
+
+COLOURS = np.array([(0, 0, 0), (128, 64, 128), (250, 0, 3)], np.uint8)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colour_masks(flat, mode: str):
+    (flat / "classes.txt").write_text("road 128 64 128\nsky 250 0 3\nignored 0 0 0\n")
+    before = change_masks(flat, lambda labels: COLOURS[labels])
+    for path in (flat / "masks").iterdir():
+        image = Image.open(path)
+        image = image.quantize(8) if mode == "P" else image.convert(mode)
+        image.save(path)
+        assert Image.open(path).mode == mode
+    data = load_data(own(flat))
+    assert data.classes == ("road", "sky") and data.colours == ((128, 64, 128), (250, 0, 3))
+    for name, target in targets(data).items():
+        assert (target == np.array([255, 0, 1])[before[name]]).all()
+    crops = TrainSet(data, data.labelled, WeakAugment(32, ScaleFrom((2.0,))), 0, 0)
+    assert set(crops[Key(0, 0, 0)]["target"].unique().tolist()) <= {0, 1, 255}
+
+
+def test_a_class_may_have_several_colours_and_one_all_others(flat):
+    (flat / "classes.txt").write_text("other *\ntwo 128 64 128 250 0 3\n")
+    before = change_masks(flat, lambda labels: COLOURS[labels])
+    for name, target in targets(load_data(own(flat))).items():
+        assert (target == (before[name] > 0)).all()
+
+
+def test_colours_without_classes_are_listed_as_lines(flat):
+    change_masks(flat, lambda labels: COLOURS[labels])
+    with pytest.raises(InputError) as error:
+        load_data(own(flat))
+    lines = str(error.value).splitlines()
+    assert "is a mask in colours; give each class its colour, NAME R G B" in lines[0]
+    assert {line.split(" ", 1)[1] for line in lines[1:]} == {"0 0 0", "128 64 128", "250 0 3"}
+    (flat / "classes.txt").write_text("a 128 64 128\nb 250 0 3\n")
+    with pytest.raises(InputError, match=r"colours 0 0 0 in the mask \(3.*belong to no class"):
+        load_data(own(flat))
+    (flat / "classes.txt").write_text("a 1\nb 2\n")
+    with pytest.raises(InputError, match="is a mask in colours"):
+        load_data(own(flat))
+
+
+def test_three_values_a_class_are_values_where_masks_are_grey(flat):
+    (flat / "classes.txt").write_text("a 0 5 6\nb 1 2 7\n")
+    for path in (flat / "masks").iterdir():
+        Image.fromarray(np.array(Image.open(path))).save(path)  # without the palette
+    data = load_data(own(flat))
+    assert data.colour_map is None
+    assert all(set(np.unique(target)) == {0, 1} for target in targets(data).values())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a 0\nb\n", "a with values and b without"),
+        ("type 1\ntype 2\n", "names type twice; the values of a class stand in one line"),
+        ("a 0 1\nb 1\n", "1 more than once"),
+        ("a *\nb *\n", "more than one line ends with"),
+        ("a 0\nb 70000\n", "the value 70000 is above 65535"),
+        ("a 0\nignored 255\n", "names 1 classes"),
+        ("only\n", "names 1 classes; .*what is no object is a class, too"),
+    ],
+)
+def test_classes_that_cannot_be_understood(flat, text: str, message: str):
+    (flat / "classes.txt").write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_data(own(flat))
+
+
+def test_names_may_hold_spaces():
+    assert parse_line("traffic light 7 8").name == "traffic light"
+    assert parse_line("traffic light 7 8").numbers == (7, 8)
+    assert parse_line("traffic light").numbers == ()
+    assert parse_line("12").name == "12"
+    assert parse_line("all else *").rest
+
+
+# ---------------------------------------------------------------------------------------- formats
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".bmp", ".webp", ".TIFF"])
+def test_images_of_further_formats(flat, suffix: str):
+    pixels = {}
+    for path in sorted((flat / "images").iterdir()):
+        image = Image.open(path)
+        options = {"lossless": True} if suffix == ".webp" else {}
+        image.save(path.with_suffix(suffix), **options)
+        pixels[path.stem] = np.array(image)
+        path.unlink()
+    data = load_data(own(flat))
+    samples = EvalSet(data, data.labelled + data.unlabelled)
+    for index in range(len(samples)):
+        assert (samples[index]["image"].numpy() == pixels[samples[index]["name"]]).all()
+    whole = next((flat / "images").iterdir())
+    whole.write_bytes(whole.read_bytes()[:-200])
+    with pytest.raises(InputError, match=rf"{whole.name}: cannot be (decoded|read)"):
+        load_data(own(flat))
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".bmp", ".gif"])
+def test_masks_of_further_formats(flat, suffix: str):
+    before = {}
+    for path in sorted((flat / "masks").iterdir()):
+        before[path.stem] = np.array(Image.open(path))
+        Image.open(path).save(path.with_suffix(suffix))
+        path.unlink()
+    for name, target in targets(load_data(own(flat))).items():
+        assert (target == before[name]).all()
+
+
+def test_a_turned_tiff_is_turned_once(tmp_path):
+    """PIL turns a TIFF by itself, and no other format."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.tif", exif=exif)
+    image = open_image(tmp_path / "a.tif")
+    assert image.size == (20, 30)
+    assert (image.pixels().numpy() == np.rot90(pixels, -1)).all()
+
+
+def test_16_bit_grey_is_scaled_by_the_sets_own_range(flat):
+    """A camera of 12 bits: divided by 256 its images would be almost black."""
+    generator = np.random.default_rng(0)
+    for path in sorted((flat / "images").iterdir()):
+        values = generator.integers(100, 4096, (48, 64)).astype(np.uint16)
+        values[0, 0] = 65535  # a hot pixel
+        Image.fromarray(values).save(path.with_suffix(".png"))
+        path.unlink()
+    data = load_data(own(flat))
+    low, high = data.grey_range
+    assert 100 <= low < 120 and 4070 < high <= 4096
+    image = EvalSet(data, data.labelled)[0]["image"].numpy()
+    stored = np.array(Image.open(data.labelled[0].image)).astype(float)
+    expected = ((stored - low) / (high - low) * 255).clip(0, 255)
+    assert abs(image[..., 0] - expected).max() < 1.01 and (image == image[..., :1]).all()
+    assert image.max() == 255 and image.min() == 0
+
+
+def test_the_range_is_no_matter_of_8_bit_images(flat, monkeypatch):
+    monkeypatch.setattr(check, "_some_values", lambda path: pytest.fail("decoded"))
+    assert load_data(own(flat)).grey_range == (0, 65535)
+
+
+def test_floats_have_a_range_too(flat):
+    for path in sorted((flat / "images").iterdir()):
+        values = np.random.default_rng(1).normal(0, 1, (48, 64)).astype(np.float32)
+        values[0, 0] = np.nan
+        Image.fromarray(values).save(path.with_suffix(".tif"))
+        path.unlink()
+    low, high = load_data(own(flat)).grey_range
+    assert -4.5 < low < -2.5 and 2.5 < high < 4.5
+
+
+# ------------------------------------------------------------------------------------- shrinking
+
+
+def test_large_images_are_shrunk_with_their_masks(flat):
+    for index in range(2):
+        write_picture(flat / "images" / f"p{index}.jpg", (640, 480), seed=index)
+        write_mask(flat / "masks" / f"p{index}.png", 3, (640, 480), seed=index)
+    data = load_data(own(flat, long_side=64, split="all", val_fraction=0.5))
+    for sample in (EvalSet(data, data.labelled + data.val)[index] for index in range(4)):
+        assert sample["image"].shape == (48, 64, 3) and sample["target"].shape == (48, 64)
+    batches = list(equal_size_loader(data, data.labelled + data.val, own(flat)))
+    assert [batch["image"].shape[0] for batch in batches] == [4]
+    sample = TrainSet(data, data.labelled, WeakAugment(32, ScaleFrom((1.0,))), 0, 0)[Key(0, 0, 0)]
+    assert sample["image"].shape == (32, 32, 3) and sample["valid_mask"].all()
+
+
+def test_a_shrunk_mask_has_the_label_under_the_centre_of_each_pixel(tmp_path):
+    Image.fromarray(np.arange(36, dtype=np.uint8).reshape(6, 6)).save(tmp_path / "m.png")
+    mask = Shrunk(open_image(tmp_path / "m.png"), (2, 2))
+    assert mask.values().tolist() == [[7, 10], [25, 28]]
+    assert mask.values((1, 0, 2, 2)).tolist() == [[10], [28]]
+
+
+def test_a_shrunk_image_is_antialiased(tmp_path):
+    board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+    Image.fromarray(board).convert("RGB").save(tmp_path / "a.png")
+    pixels = Shrunk(open_image(tmp_path / "a.png"), (16, 16)).pixels()
+    assert pixels.shape == (16, 16, 3) and abs(pixels.float() - 127.5).max() < 12
+    assert working_size((4000, 3000), 512) == (512, 384) and working_size((40, 30), 512) == (40, 30)
+    assert working_size((40, 30), None) == (40, 30)
+
+
+def test_pseudo_masks_of_shrunk_images_have_their_size(flat, tmp_path):
+    from common.data import read
+    from common.masks import write_mask as write_labels
+    from common.source import Item
+
+    write_picture(flat / "images/p9.jpg", (640, 480))
+    data = load_data(own(flat, long_side=64))
+    write_labels(tmp_path / "pseudo.png", torch.zeros(48, 64), data.colours)
+    item = Item("p9", flat / "images/p9.jpg", tmp_path / "pseudo.png", pseudo=True)
+    image, mask = read(item, data)
+    assert image.size == mask.size == (64, 48)
+    assert isinstance(open_mask(item.mask, image).values(), np.ndarray)
+
+
+# ------------------------------------------------------------------------- what is chosen, and why
+
+
+def parsed(script, root, *flags: str):
+    """The settings of a script for the user's own data on a CPU."""
+    return script.parse_args(
+        ["--data", "folder", "--data-dir", str(root), "--device", "cpu", "-j", "0", *flags]
+    )
+
+
+def test_settings_fit_a_dozen_images_on_a_cpu(flat):
+    args = parsed(cps, flat)
+    assert (args.backbone, args.weights, args.long_side) == ("tiny", "blots", None)
+    assert (args.crop_size, args.output_stride) == (64, 8)
+    assert args.max_iters == 1000 and args.eval_iters == 250
+    assert args.reasons[0] == "for 10 images, up to 64x48, on a CPU; each is a flag, too"
+    assert any("crop_size 64, at most the short side" in line for line in args.reasons)
+
+
+def test_settings_fit_large_images(flat):
+    for path in (flat / "images").iterdir():
+        write_picture(path, (3000, 2000))
+    args = parsed(u2pl, flat)
+    assert (args.long_side, args.crop_size, args.output_stride) == (512, 192, 16)
+    assert args.scale == "0.5,0.75,1"
+    args = parsed(u2pl, flat, "--backbone", "resnet18", "--weights", "none")
+    assert (args.long_side, args.crop_size, args.max_iters) == (2048, 512, 4000)
+    assert args.backbone == "resnet18" and args.lr == u2pl.PRESETS["folder"]["lr"]
+
+
+def test_a_flag_wins_over_what_is_chosen(flat):
+    flags = ("--crop-size", "32", "--max-iters", "7", "--scale", "1", "--long-side", "48")
+    args = parsed(cps, flat, *flags)
+    assert (args.crop_size, args.max_iters, args.scale, args.long_side) == (32, 7, "1", 48)
+    assert args.eval_iters == 1
+    assert not any("max_iters" in line or "crop_size" in line for line in args.reasons)
+
+
+def test_the_number_of_images_decides_the_length(flat, monkeypatch):
+    from common import own_preset
+
+    many = {f"x{index}": flat / "images/p0.jpg" for index in range(1200)}
+    monkeypatch.setattr(own_preset, "images_in", lambda folder: many)
+    assert parsed(cps, flat).max_iters == 20 * 1200 // 8
+    monkeypatch.setattr(own_preset.torch.cuda, "is_available", lambda: True)
+    args = cps.parse_args(["--data", "folder", "--data-dir", str(flat), "-j", "0"])
+    assert (args.device, args.backbone, args.max_iters) == ("cuda", "resnet50", 9000)
+
+
+def test_a_resumed_run_chooses_nothing_anew(flat, begin):
+    run = begin(supervised, "--data", "folder", "--data-dir", str(flat), "--max-iters", "3")
+    for index in range(20, 40):
+        write_picture(flat / "images" / f"p{index}.jpg", (300, 200), seed=index)
+    again = supervised.parse_args(["--resume", run.args.output_dir])
+    for key, value in vars(run.args).items():
+        if key != "resume":
+            saved = list(value) if isinstance(value, tuple) else value
+            assert getattr(again, key) == saved, key
