@@ -7,7 +7,7 @@ be noticed.
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from common.images import DEEP_GREY, ColourTable, LabelTable, Range, open_image,
 from common.source import DataSource, Item, some, spread
 
 THREADS = 8  # files waited for at once: a network disk is slow to answer; 1000 take 0.1 s of a core
+PORTION = 64  # files that a thread gets at a time, at most
 BAR_FROM = 10_000  # files that take seconds: then a bar says how far it is
 VALUES = 10_000  # of an image that are looked at for the range of its grey
 OUTLIERS = 0.1  # percent of them at each end that do not count
@@ -151,15 +152,27 @@ def _all_or_error(work: Callable[[Item], object], items: list[Item]) -> dict[Pat
 
     mine = items[distributed.rank() :: distributed.world_size()]
     hidden = len(items) < BAR_FROM or not distributed.is_main() or not sys.stderr.isatty()
-    with ThreadPoolExecutor(THREADS) as pool:
-        bar = tqdm(pool.map(attempt, mine), "check files", len(mine), leave=False, disable=hidden)
-        found = distributed.merge(dict(bar))
+    bar = tqdm(in_threads(attempt, mine), "check files", len(mine), leave=False, disable=hidden)
+    found = distributed.merge(dict(bar))
     errors = [str(result) for result in found.values() if isinstance(result, InputError)]
     if len(errors) > 1:
         raise InputError(f"{len(errors)} images or masks cannot be used: {some(errors, '; ')}")
     if errors:
         raise InputError(errors[0])
     return found
+
+
+def in_threads(work: Callable, items: Sequence) -> Iterator:
+    """`work` of each item, in order, on threads.
+
+    A thread gets a portion of many items at a time: to hand one over costs as much as to read a
+    header.
+    """
+    length = max(1, min(PORTION, len(items) // (4 * THREADS)))
+    portions = [items[start : start + length] for start in range(0, len(items), length)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        for results in pool.map(lambda portion: [work(item) for item in portion], portions):
+            yield from results
 
 
 # ---------------------------------------------------------------- images that stand in two sets
@@ -222,6 +235,5 @@ def same_contents(sets: Iterable[Set]) -> dict[Path, str]:
     lengths = {path: path.stat().st_size for part in sets for path in part.images.values()}
     often = Counter(lengths.values())
     doubtful = [path for path, length in lengths.items() if often[length] > 1]
-    with ThreadPoolExecutor(THREADS) as pool:
-        hashes = pool.map(lambda path: hashlib.sha1(path.read_bytes()).hexdigest(), doubtful)
-        return dict(zip(doubtful, hashes))
+    hashes = in_threads(lambda path: hashlib.sha1(path.read_bytes()).hexdigest(), doubtful)
+    return dict(zip(doubtful, hashes))

@@ -226,19 +226,25 @@ def predict_batch(
         with_entropy: whether maps of entropy are wanted.
     """
     if scales:
-        logits = averaged_probabilities(network, images, window, scales).log()
+        logits = logarithm(averaged_probabilities(network, images, window, scales))
     elif window and max(images.shape[2:]) > window:
-        logits = probabilities(network, images, window).log()
+        logits = logarithm(probabilities(network, images, window))
     else:
         logits = network(images)
-    probs = logits.float().softmax(1)  # at the logits' own resolution
+    log_probs = logits.float().log_softmax(1)  # at the logits' own resolution
+    probs = log_probs.exp()
     pixels = pseudo_label(logits, size, with_entropy=with_entropy)
     return Predictions(
         label=pixels.label,
-        mean_entropy=torch.special.entr(probs).sum(1).mean((1, 2)),
+        mean_entropy=-(probs * log_probs).sum(1).mean((1, 2)),
         mean_confidence=probs.amax(1).mean((1, 2)),
         entropy=pixels.entropy if with_entropy else None,
     )
+
+
+def logarithm(probs: Tensor) -> Tensor:
+    """Logits of probabilities, none of them infinite."""
+    return probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
 
 
 def predict_all(

@@ -368,8 +368,8 @@ def test_a_bad_mask_is_named_before_training(own_folder, tmp_path):
     write_mask(own_folder / "masks/labelled/labelled1.png", 3, extra=(77,))
     own = (*TINY, "--data", "folder", "--data-dir", own_folder)
     result = here("supervised.py", *SHORT, *own, "--output-dir", tmp_path / "out", expect=2)
-    message = r"labelled1\.png: labels 77 in the mask; 0 to 2 and 255"
-    assert re.search(message, result.stderr.splitlines()[-1])
+    assert re.search(r"labelled1\.png hold 77, but 3 classes have the labels 0 to", result.stderr)
+    assert result.stderr.splitlines()[-4:] == ["background 0", "cat 1", "dog 2", "class_3 77"]
 
 
 # ------------------------------------------------------------------------- what goes wrong midway
