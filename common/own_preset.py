@@ -108,7 +108,7 @@ def choose_length(args: argparse.Namespace, preset: dict, rules: dict, count: in
     preset.pop("epochs", None)
     preset.pop("eval_interval", None)
     preset["max_iters"] = iterations
-    preset["eval_iters"] = max(1, (args.max_iters or iterations) // rules["evaluations"])
+    preset["eval_iters"] = -(-(args.max_iters or iterations) // rules["evaluations"])
     if args.epochs is not None:
         return {}
     return {
