@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from common import InputError, distributed
+from common import InputError, distributed, note
 from common.augment import IGNORE
 from common.images import DEEP_GREY, ColourTable, LabelTable, Range, open_image, open_mask
 from common.source import DataSource, Item, some, spread
@@ -95,6 +95,8 @@ def grey_range(data: DataSource, looks: dict[Path, Look]) -> Range:
     chosen = spread(items, MASKS)
     found = _all_or_error(lambda item: _some_values(item.image), chosen)
     values = np.concatenate(list(found.values()))
+    if not len(values):
+        raise InputError(f"{chosen[0].image}: no pixel has a value that is a number")
     low, high = np.percentile(values, (OUTLIERS, 100 - OUTLIERS))
     return float(low), float(high)
 
@@ -122,7 +124,11 @@ def masks(data: DataSource) -> None:
         if any(labels for labels, _ in found.values()):
             continue
         ignored = [item.mask for item in chosen if found[item.image][1]]
-        if ignored:
+        if not ignored or data.has_own_values:
+            continue
+        if data.name == "folder":  # it was asked of all masks together
+            note(f"the masks of the {part} images hold only the first class and ignored pixels")
+        else:
             raise InputError(
                 f"{data.name}: the masks of the {part} images hold only 0 and 255, "
                 f"such as {ignored[0]}; labels are 0 to "

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from common import InputError, checkpoint
+from common import InputError, checkpoint, note
 from common.augment import scale_rule
 from common.datasets import DATASETS
 from common.deeplabv3plus import BACKBONES
@@ -59,7 +59,10 @@ def positive(text: str) -> int:
 def fraction(text: str) -> float:
     """A share above 0 and below 1, such as 1/5 or 0.2, for argparse."""
     part, _, whole = text.partition("/")
-    value = float(part) / float(whole or 1)
+    try:
+        value = float(part) / float(whole or 1)
+    except (ValueError, ZeroDivisionError):
+        value = 0.0
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and below 1")
     return value
@@ -318,7 +321,10 @@ def finish(
         if args.eval_only:
             top.error("--eval-only needs --resume RUN, the run to evaluate")
         args.output_dir, args.resume, args.method = str(run), False, method
-    fill(args, presets)
+    try:
+        fill(args, presets)
+    except InputError as error:
+        top.error(str(error))
     check(args, top)
     return args
 
@@ -429,12 +435,6 @@ def fill_workers(args: argparse.Namespace) -> None:
             f"slowly; a container needs --shm-size {shm_size(args)} or more"
         )
         args.workers = 0
-
-
-def note(text: str) -> None:
-    """Print what the user did not ask for, on the first process."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"note: {text}", file=sys.stderr)
 
 
 def shared_memory() -> float:

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common import InputError, check, datasets, distributed, shapes
+from common import InputError, check, checkpoint, datasets, distributed, shapes
 from common.augment import IGNORE, WeakAugment, Window, fit, scale_rule
 from common.images import (
     Box,
     Drawn,
     ImageFile,
     LabelTable,
+    Range,
     Shrunk,
     naming_if_too_large,
     open_mask,
@@ -155,7 +156,7 @@ def load_data(args: argparse.Namespace) -> DataSource:
     """
     data = replace(datasets.load(args), long_side=args.long_side)
     looks = check.files(data)
-    data = replace(data, grey_range=check.grey_range(data, looks))
+    data = replace(data, grey_range=known_grey_range(args) or check.grey_range(data, looks))
     check.masks(data)
     check.note_shared_images(data)
 
@@ -173,6 +174,17 @@ def load_data(args: argparse.Namespace) -> DataSource:
     if len(sizes_of(*data.val, *data.audit)) > 1:
         data = replace(data, val_batch=1)
     return data
+
+
+def known_grey_range(args: argparse.Namespace) -> Range | None:
+    """That of a run which is resumed: images may have been taken away since."""
+    if not getattr(args, "resume", False):
+        return None
+    path = Path(args.output_dir)
+    if not (path / "args.json").is_file():
+        return None
+    found = checkpoint.read_description(path).get("grey_range")
+    return tuple(found) if found else None
 
 
 class TrainSet(Dataset):
@@ -298,6 +310,7 @@ def train_loader(
     stop: int,
     strong: Callable[[dict, Item], dict] | None = None,
     order: int | None = None,
+    scale: str | None = None,
 ) -> DataLoader:
     """This process's batches of `items` for iterations `start` to `stop`.
 
@@ -312,6 +325,7 @@ def train_loader(
         strong: further augmentation of a sample, see `TrainSet`.
         order: number of the stream whose shuffles to follow, None for its own: the batches then
             have the images of that stream in other windows.
+        scale: rule of the random scale, None for that of `args`.
 
     Raises:
         InputError: there are no items.
@@ -321,7 +335,7 @@ def train_loader(
             f"{data.protocol}: no unlabelled image is left for this method; "
             "use supervised.py, or a smaller --split"
         )
-    augment = WeakAugment(args.crop_size, scale_rule(args.scale))
+    augment = WeakAugment(args.crop_size, scale_rule(scale or args.scale))
     dataset = TrainSet(data, items, augment, args.seed, stream, strong)
     rank, world = distributed.rank(), distributed.world_size()
     order = stream if order is None else order

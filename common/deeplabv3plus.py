@@ -11,6 +11,7 @@ evaluation do that, because they can do it without ever holding an N x C x H x W
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -238,6 +239,18 @@ class DeepLabV3Plus(nn.Module):
         high = self.aspp(high)
         high = F.interpolate(high, size=low.shape[2:], mode="bilinear", align_corners=True)
         return torch.cat([high, self.low_level(low)], dim=1)
+
+
+class MeanLogits(nn.Module):
+    """Several networks as one: the mean of their logits."""
+
+    def __init__(self, members: Sequence[nn.Module]):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N,C,h,w) of images (N,3,H,W)."""
+        return sum(member(images) for member in self.members) / len(self.members)
 
 
 def full_softmax(logits: Tensor, size: tuple[int, int]) -> Tensor:

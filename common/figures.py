@@ -38,6 +38,7 @@ def pyplot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams["text.parse_math"] = False  # a name may hold dollar signs
     return plt
 
 

@@ -10,6 +10,7 @@ validation. Or the folders say so: `images/labelled`, `images/unlabelled`, `imag
 """
 
 import argparse
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import InputError
+from common import InputError, note
 from common.augment import IGNORE
 from common.images import INVALID, MASK_FORMATS, Colour, open_image
 from common.source import (
@@ -32,6 +33,7 @@ from common.source import (
     some,
     spread,
     voc_colours,
+    with_masks,
 )
 
 LAYOUT = "it holds classes.txt, images/ and masks/, where an image without a mask is unlabelled"
@@ -39,7 +41,9 @@ LAYOUT = "it holds classes.txt, images/ and masks/, where an image without a mas
 ENDINGS = (
     "_mask", "_masks", "-mask", "_label", "_labels", "_gt", "_seg", "_segmentation", "_L", "_m",
 )  # fmt: skip
+VALIDATION = ("val", "valid", "validation")  # names of the folder for validation, in any case
 LOOKED_AT = 16  # masks that are decoded to find out what they hold
+LOOKED_AT_PIXELS = 1_000_000  # of each, evenly spread
 SUGGESTED = 40  # classes that a message suggests, at most
 IGNORED = "ignored"  # the name of what is no class
 
@@ -105,12 +109,13 @@ def find_images(root: Path) -> Found:
     images, masks = root / "images", root / "masks"
     if not images.is_dir():
         raise InputError(f"no folder {images}; {LAYOUT}")
-    val = with_own_masks(images_in(images / "val"), masks / "val")
+    place = val_folder(images)
+    val = with_own_masks(images_in(images / place), masks / place)
     if (images / "labelled").is_dir():
         labelled = with_own_masks(images_in(images / "labelled"), masks / "labelled")
         unlabelled = images_in(images / "unlabelled")
     else:
-        labelled, unlabelled = divide_by_masks(images, masks)
+        labelled, unlabelled = divide_by_masks(images, masks, place)
 
     both = sorted({item.name for item in labelled} & unlabelled.keys())
     if both:  # masks of ST are named by image
@@ -122,18 +127,27 @@ def find_images(root: Path) -> Found:
     return Found(labelled, unlabelled, val)
 
 
+def val_folder(images: Path) -> str:
+    """The name of the subfolder for validation, "val" if there is none."""
+    names = sorted(path.name for path in images.iterdir() if path.is_dir())
+    for name in names:
+        if name.lower() == "test":
+            note(
+                f"{images / name} is taken for images to train on; move it elsewhere if it is there"
+                " to test with"
+            )
+    return next((name for name in names if name.lower() in VALIDATION), "val")
+
+
 def with_own_masks(images: dict[str, Path], folder: Path) -> list[Item]:
     """Each image with its mask, even if that is not there."""
-    masks = masks_of(images, folder)
-    return [
-        Item(name, path, masks.get(name, folder / f"{name}.png")) for name, path in images.items()
-    ]
+    return with_masks(images, folder, masks_of(images, folder))
 
 
-def divide_by_masks(images: Path, masks: Path) -> tuple[list[Item], dict[str, Path]]:
-    """Images with masks, and the paths of those without; `images/val` is left out."""
-    everything = without_val(images_in(images))
-    mask_of = masks_of(everything, masks)
+def divide_by_masks(images: Path, masks: Path, val: str) -> tuple[list[Item], dict[str, Path]]:
+    """Images with masks, and the paths of those without; the subfolder `val` is left out."""
+    everything = without(images_in(images), val)
+    mask_of = masks_of(everything, masks, val)
     labelled = [
         Item(name, path, mask_of[name]) for name, path in everything.items() if name in mask_of
     ]
@@ -141,24 +155,34 @@ def divide_by_masks(images: Path, masks: Path) -> tuple[list[Item], dict[str, Pa
     return labelled, rest
 
 
-def without_val(paths: dict[str, Path]) -> dict[str, Path]:
-    """The paths whose ids do not lie in the subfolder `val`."""
-    return {name: path for name, path in paths.items() if not name.startswith("val/")}
+def without(paths: dict[str, Path], folder: str) -> dict[str, Path]:
+    """The paths whose ids do not lie in the subfolder `folder`."""
+    return {name: path for name, path in paths.items() if not name.startswith(f"{folder}/")}
 
 
-def masks_of(images: dict[str, Path], folder: Path) -> dict[str, Path]:
+def masks_of(images: dict[str, Path], folder: Path, val: str = "") -> dict[str, Path]:
     """The mask of each image that has one, by the image's id.
 
-    A mask has its image's name, or that name and one of `ENDINGS`, the same in all masks.
+    A mask has its image's name, or that name and one of `ENDINGS`. Masks of no image are counted
+    in a note.
+
+    Args:
+        images: the images' files by id.
+        folder: of the masks.
+        val: a subfolder to leave out.
     """
-    masks = masks_in(folder)
-    if not any(name in images for name in masks):
-        for ending in ENDINGS:
-            renamed = {name.removesuffix(ending): path for name, path in masks.items()}
-            if any(name in images for name in renamed):
-                masks = renamed
-                break
-    return {name: path for name, path in masks.items() if name in images}
+    found: dict[str, Path] = {}
+    strangers = []
+    for mask, path in (without(masks_in(folder), val) if val else masks_in(folder)).items():
+        names = [mask, *(mask.removesuffix(end) for end in ENDINGS if mask.endswith(end))]
+        name = next((name for name in names if name in images), None)
+        if name is None:
+            strangers.append(path.name)
+        elif name not in found or name == mask:
+            found[name] = path
+    if strangers and found:
+        note(f"{len(strangers)} masks in {folder} belong to no image: {some(strangers)}")
+    return found
 
 
 def nothing_labelled(root: Path) -> str:
@@ -167,10 +191,10 @@ def nothing_labelled(root: Path) -> str:
     images, masks = root / "images", root / "masks"
     if roles:
         images, masks = images / "labelled", masks / "labelled"
-    names = [path.name for path in images_in(images).values()]
+    names = [str(path.relative_to(images)) for path in images_in(images).values()]
     if not names:
         return f"no images in {images}; {LAYOUT}"
-    found = [path.name for path in masks_in(masks).values()]
+    found = [str(path.relative_to(masks)) for path in masks_in(masks).values()]
     if not found:
         return f"no masks in {masks}; a mask has the name of its image"
     return (
@@ -237,10 +261,10 @@ def read_classes(path: Path) -> list[Line]:
         NAME VALUE [VALUE ...]  masks hold one of these values, such as 255; up to 65535
         NAME R G B [R G B ...]  masks are colour images, and this is its colour
 
-    Three numbers in every line are a colour where masks are RGB or have a palette. In the last two
-    forms a line may begin with `ignored` in place of a name, for pixels of no class, and one line
-    may end with `*` in place of numbers: it takes what no other line names. The value 255 is
-    ignored where no line names it.
+    Three numbers in every line are a colour where masks are RGB, and where one of these colours
+    occurs in indexed masks. In the last two forms a line may begin with `ignored` in place of a
+    name, for pixels of no class, and one line may end with `*` in place of numbers: it takes what
+    no other line names. The value 255 is ignored where no line names it.
 
     Returns:
         The lines; none where there is no such file.
@@ -283,21 +307,50 @@ def class_fields(lines: list[Line], seen: "Seen", path: Path) -> dict:
         check_plain(seen, names, path)
         return fields
     labels = {name: number for number, name in enumerate(names)} | {IGNORED: IGNORE}
-    triples = all(line.rest or len(line.numbers) % 3 == 0 for line in lines)
-    if triples and seen.in_colour:
-        return fields | colour_fields(lines, labels, path)
+    if are_colours(lines, seen):
+        chosen = colour_fields(lines, labels, path)
+        note_absent({line.name: triples(line) for line in lines}, seen.colours, path)
+        return fields | chosen
     if seen.coloured and not seen.grey:
         raise InputError(
             f"{path}: {seen.example()} is a mask in colours; give each class its colour, "
             f"NAME R G B{suggest(seen, names)}"
         )
-    return fields | {"label_map": value_map(lines, labels, path)}
+    chosen = {"label_map": value_map(lines, labels, path)}
+    note_absent({line.name: line.numbers for line in lines}, seen.values(), path)
+    return fields | chosen
+
+
+def are_colours(lines: list[Line], seen: "Seen") -> bool:
+    """Whether the numbers of all lines are colours.
+
+    Indexed masks have both, the numbers and the colours of their palette. Then they are colours if
+    one of these is among the colours that occur.
+    """
+    if not all(line.rest or len(line.numbers) % 3 == 0 for line in lines):
+        return False
+    listed = {colour for line in lines for colour in triples(line)}
+    return seen.rgb or bool(listed & seen.colours)
+
+
+def triples(line: Line) -> list[Colour]:
+    """The numbers of a line as colours."""
+    return list(zip(*[iter(line.numbers)] * 3))
+
+
+def note_absent(numbers: dict[str, Sequence], seen: set, path: Path) -> None:
+    """Say which classes occur in none of the masks that were looked at: a number may be wrong."""
+    absent = [name for name, theirs in numbers.items() if theirs and not seen & set(theirs)]
+    if absent and seen:
+        note(f"{path}: none of the masks that were looked at holds {some(absent)}")
 
 
 def parse_line(text: str) -> Line:
     """A line: words, and the numbers or the `*` behind them."""
-    words = text.split()
+    words = re.sub(r"(?<=\d),", " ", text).split()  # commas between numbers
     if len(words) > 1 and words[-1] == "*":
+        if any(word.isdecimal() for word in words[1:-1]):
+            raise InputError(f"'{text}': numbers or *, not both")
         return Line(" ".join(words[:-1]), rest=True)
     count = len(words)
     while count > 1 and words[count - 1].isdecimal():
@@ -358,18 +411,18 @@ def colour_fields(lines: list[Line], labels: dict[str, int], path: Path) -> dict
     Raises:
         InputError: a colour stands in two lines, or has a value above 255.
     """
-    triples = {line.name: list(zip(*[iter(line.numbers)] * 3)) for line in lines}
-    everything = [colour for colours in triples.values() for colour in colours]
+    of_class = {line.name: triples(line) for line in lines}
+    everything = [colour for colours in of_class.values() for colour in colours]
     refuse_repeats(everything, path)
     too_large = [colour for colour in everything if max(colour) > 255]
     if too_large:
         raise InputError(f"{path}: {some(list(map(written, too_large)))}: a colour is 0 to 255")
     classes = [name for name, label in labels.items() if label != IGNORE]
-    colours = [triples[name][0] if triples[name] else (0, 0, 0) for name in classes]
+    colours = [of_class[name][0] if of_class[name] else (0, 0, 0) for name in classes]
     return {
         "colours": tuple(colours),
         "colour_map": {
-            colour: labels[name] for name, colours in triples.items() for colour in colours
+            colour: labels[name] for name, colours in of_class.items() for colour in colours
         },
         "colour_rest": next((labels[line.name] for line in lines if line.rest), None),
     }
@@ -395,22 +448,28 @@ class Seen:
     """What some masks hold.
 
     Attributes:
-        pixels: how many pixels have each value, or each colour where masks are colour images.
+        pixels: how many pixels have each value, or each colour where a mask is a colour image.
         places: a mask that holds it.
-        coloured: whether these are colours.
+        colours: the colours that occur, those of palettes included.
+        coloured: whether `pixels` counts colours.
         grey: whether all of these colours are grey.
-        in_colour: whether a mask is RGB or has a palette, so that it can be read as colours.
+        rgb: whether a mask is a colour image, without a palette.
     """
 
     pixels: Counter
     places: dict[int | Colour, Path]
+    colours: set[Colour]
     coloured: bool
     grey: bool
-    in_colour: bool
+    rgb: bool
+
+    def values(self) -> set[int]:
+        """The values that occur; of colours, those of grey ones."""
+        return {key[0] if isinstance(key, tuple) else key for key in self.pixels}
 
     def example(self) -> Path:
         """A mask with the last of the values or colours: the highest, or one that is not grey."""
-        keys = [key for key in self.pixels if not isinstance(key, tuple) or len(set(key)) > 1]
+        keys = [key for key in self.pixels if isinstance(key, tuple) and len(set(key)) > 1]
         return self.places[max(keys or self.pixels)]
 
 
@@ -422,19 +481,44 @@ def look_at(masks: Sequence[Path]) -> Seen:
     """
     pixels: Counter = Counter()
     places: dict[int | Colour, Path] = {}
+    colours: set[Colour] = set()
     modes = set()
     for path in spread(masks, LOOKED_AT):
         mask = open_image(path, MASK_FORMATS)
-        modes.add(mask.header.mode)
-        coloured = mask.header.mode in ("RGB", "RGBA")
-        found = mask.colours().reshape(-1, 3) if coloured else mask.values().reshape(-1, 1)
-        numbers, counts = np.unique(found, axis=0, return_counts=True)
-        keys = [tuple(number) if coloured else number[0] for number in numbers.tolist()]
-        pixels.update(dict(zip(keys, counts.tolist())))
-        places = dict.fromkeys(keys, path) | places
+        mode = mask.header.mode
+        modes.add(mode)
+        in_rgb = colours_in(mask.colours())
+        colours |= set(in_rgb)
+        found = in_rgb if mode in ("RGB", "RGBA") else values_in(mask.values())
+        pixels.update(found)
+        places = dict.fromkeys(found, path) | places
+    if modes & {"RGB", "RGBA"}:  # values of other masks are grey colours
+        keys = {key: key if isinstance(key, tuple) else (key,) * 3 for key in pixels}
+        places = {keys[key]: path for key, path in places.items()}
+        pixels = sum((Counter({keys[key]: count}) for key, count in pixels.items()), Counter())
     coloured = any(isinstance(key, tuple) for key in pixels)
     grey = all(len(set(key)) == 1 for key in pixels if isinstance(key, tuple))
-    return Seen(pixels, places, coloured, grey, bool(modes & {"RGB", "RGBA", "P"}))
+    return Seen(pixels, places, colours, coloured, grey, bool(modes & {"RGB", "RGBA"}))
+
+
+def some_pixels(array: np.ndarray) -> np.ndarray:
+    """Pixels of an array (H,W,...), evenly spread: a large mask has millions."""
+    flat = array.reshape(array.shape[0] * array.shape[1], -1)
+    return flat[:: -(-len(flat) // LOOKED_AT_PIXELS)]
+
+
+def values_in(array: np.ndarray) -> dict[int, int]:
+    """How often each value occurs in some pixels of a mask (H,W)."""
+    values, counts = np.unique(some_pixels(array), return_counts=True)
+    return dict(zip(values.tolist(), counts.tolist()))
+
+
+def colours_in(array: np.ndarray) -> dict[Colour, int]:
+    """How often each colour occurs in some pixels of a mask (H,W,3)."""
+    red, green, blue = some_pixels(array).astype(np.int64).T
+    packed, counts = np.unique(red << 16 | green << 8 | blue, return_counts=True)
+    keys = [(value >> 16, value >> 8 & 255, value & 255) for value in packed.tolist()]
+    return dict(zip(keys, counts.tolist()))
 
 
 def check_plain(seen: Seen, names: Sequence[str], path: Path) -> None:
@@ -449,7 +533,7 @@ def check_plain(seen: Seen, names: Sequence[str], path: Path) -> None:
             f"{path}: {seen.example()} is a mask in colours; "
             f"give each class its colour, NAME R G B{suggest(seen, names)}"
         )
-    values = {key[0] if isinstance(key, tuple) else key for key in seen.pixels}
+    values = seen.values()
     if values == {0, 255} or values == {255}:
         raise InputError(
             f"{path}: masks such as {seen.example()} hold 0 and 255 alone, and 255 means ignored; "
@@ -458,7 +542,7 @@ def check_plain(seen: Seen, names: Sequence[str], path: Path) -> None:
     others = sorted(value for value in values if value >= len(names) and value != IGNORE)
     if others:
         raise InputError(
-            f"{path}: masks such as {seen.places[others[-1]]} hold {some(list(map(str, others)))}, "
+            f"{path}: masks such as {seen.example()} hold {some(list(map(str, others)))}, "
             f"but {len(names)} classes have the labels 0 to {len(names) - 1}; "
             f"give each class its values{suggest(seen, names)}"
         )

@@ -485,7 +485,7 @@ class LabelTable:
 
     def possible(self) -> str:
         """The values that a mask may hold, for messages."""
-        if len(self.bytes) == 256 and INVALID not in self.bytes[: self.num_classes]:
+        if self.bytes[: self.num_classes] == bytes(range(self.num_classes)):
             return f"0 to {self.num_classes - 1} and 255 (ignored)"
         listed = [value for value, label in enumerate(self.bytes) if label != INVALID]
         more = ", ..." if len(listed) > 20 else ""

@@ -41,7 +41,7 @@ from common.annotations import (
 from common.augment import IGNORE
 from common.images import TURNS, open_image
 from common.masks import read_mask, write_mask
-from common.source import IMAGE_SUFFIXES, images_in, read_lines, some, voc_colours
+from common.source import IMAGE_SUFFIXES, images_in, masks_in, read_lines, some, voc_colours
 
 PAGE = 24  # images on the page of labels
 COLUMNS = 6
@@ -381,6 +381,20 @@ def refuse_overwriting(folder: Path, classes: tuple[str, ...], names: Iterable[s
         raise InputError(f"{len(there)} masks are there already: {some(there)}; give --overwrite")
 
 
+def refuse_mixing(folder: Path, classes: tuple[str, ...], names: Iterable[str]) -> None:
+    """Raise an InputError where masks of other classes would stay: their labels would be wrong."""
+    path = folder / "classes.txt"
+    if not path.is_file() or tuple(read_lines(path)) == classes:
+        return
+    written = {folder / "masks" / f"{name}.png" for name in names}
+    stay = sorted(str(mask) for mask in masks_in(folder / "masks").values() if mask not in written)
+    if stay:
+        raise InputError(
+            f"{path} has other classes, and {len(stay)} masks of these would stay: {some(stay)}; "
+            "remove them first"
+        )
+
+
 def write_classes(path: Path, classes: tuple[str, ...]) -> None:
     """Write classes.txt, whole or not at all.
 
@@ -479,6 +493,7 @@ def main(argv: list[str] | None = None) -> None:
     notes = [*labels.notes, *notes, *prepare(chosen, images)]
     if not args.overwrite:
         refuse_overwriting(args.folder, classes, chosen)
+    refuse_mixing(args.folder, classes, chosen)
 
     link_images(args.folder, place)
     write_classes(args.folder / "classes.txt", classes)
@@ -494,3 +509,6 @@ if __name__ == "__main__":
     except InputError as problem:
         print(f"import_labels: error: {problem}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("import_labels: stopped; --overwrite begins anew", file=sys.stderr)
+        sys.exit(130)

@@ -1,4 +1,4 @@
-"""Which images to label next: those that a trained network knows least, and no two alike.
+"""Which images to label next: those that a trained network knows least, as different as can be.
 
     python -m common.label_next runs/cps-folder-all-seed0 my_images --count 20
 
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import InputError
+from common.deeplabv3plus import MeanLogits
 from common.evaluate import image_miou
 from common.figures import colourise, legend, pyplot, save, shrink
 from common.predict import (
@@ -80,14 +81,14 @@ def measure(
     """Entropy, and stability where there are checkpoints, of each image that can be read."""
     window = description["args"]["eval_window"]
     classes = len(description["classes"])
-    stable: list[Tensor] = []
 
     @torch.no_grad()
     def predict(images: Tensor, size: tuple[int, int]) -> Predictions:
+        found = predict_batch(network, images, images.shape[2:], window)
         if others:
             labels = [pseudo_label(other(images), images.shape[2:]).label for other in others]
-            stable.append(stability(labels, classes).cpu())
-        return predict_batch(network, images, images.shape[2:], window)
+            found.extra = stability(labels, classes)
+        return found
 
     found: dict[str, dict[str, float]] = {}
     hidden = not sys.stderr.isatty()
@@ -97,7 +98,7 @@ def measure(
             if images is None:
                 note_unread(samples)
                 continue
-            values = stable.pop(0).tolist() if others else [None] * len(samples)
+            values = predicted.extra.tolist() if others else [None] * len(samples)
             for sample, entropy, value in zip(samples, predicted.mean_entropy.tolist(), values):
                 found[sample["name"]] = {"mean_entropy": entropy, "stability": value}
     return found
@@ -145,27 +146,24 @@ def look_closer(
         name -> (F,) float32, the mean of the deepest features over the image; and name -> `image`
         and `label`, made small for a figure.
     """
-    seen: list[Tensor] = []
-    hook = network.backbone.register_forward_hook(
-        lambda module, inputs, outputs: seen.append(outputs[-1].float().mean((2, 3)).cpu())
-    )
+    backbone = network.members[0].backbone if isinstance(network, MeanLogits) else network.backbone
 
+    @torch.no_grad()
     def predict(images: Tensor, size: tuple[int, int]) -> Predictions:
-        return predict_batch(network, images, images.shape[2:])
+        found = predict_batch(network, images, images.shape[2:])
+        found.extra = backbone(images)[-1].float().mean((2, 3))
+        return found
 
     features, shown = {}, {}
-    try:
-        for samples, images, predicted in predict_all(files, args, device, predict):
-            if images is None:
-                continue
-            for index, (sample, feature) in enumerate(zip(samples, seen.pop(0))):
-                features[sample["name"]] = feature
-                shown[sample["name"]] = {
-                    "image": shrink(images[index].numpy(), 256),
-                    "label": shrink(predicted.label[index].numpy(), 256),
-                }
-    finally:
-        hook.remove()
+    for samples, images, predicted in predict_all(files, args, device, predict):
+        if images is None:
+            continue
+        for index, sample in enumerate(samples):
+            features[sample["name"]] = predicted.extra[index]
+            shown[sample["name"]] = {
+                "image": shrink(images[index].numpy(), 256),
+                "label": shrink(predicted.label[index].numpy(), 256),
+            }
     return features, shown
 
 
@@ -266,13 +264,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def without_masks(found: dict[str, Path], run: Path) -> dict[str, Path]:
-    """The images that are neither labelled nor held out for validation in a run, by their names."""
-    known: set[str] = set()
-    for part in ("labelled", "val"):
-        path = run / f"{part}.txt"
-        known.update(path.read_text(encoding="utf-8").splitlines() if path.is_file() else ())
-    left = {name: path for name, path in found.items() if name not in known}
+def without_known(found: dict[str, Path], run: Path) -> dict[str, Path]:
+    """The images that are neither labelled nor for validation in a run, by their files."""
+    path = run / "files_with_masks.txt"
+    known = set(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else set()
+    left = {name: path for name, path in found.items() if str(path.resolve()) not in known}
     if not left:
         raise InputError("all of these images have masks in the run already")
     if len(left) < len(found):
@@ -289,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device, network, description = start(args)
     output = args.output or args.run / "label_next"
-    paths = without_masks(find_images(args.images, output), args.run)
+    paths = without_known(find_images(args.images, output), args.run)
 
     # 1 and 2. Uncertainty of each image.
     others = stability_networks(args.run, description, device)
@@ -320,3 +316,6 @@ if __name__ == "__main__":
     except InputError as problem:
         print(f"label_next: error: {problem}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("label_next: stopped", file=sys.stderr)
+        sys.exit(130)

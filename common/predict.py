@@ -6,13 +6,15 @@
 writes into RUN/predictions, or --output:
 
     masks/NAME.png       indexed PNG in the data set's colours, label = index, of the image's size
-    overlays/NAME.jpg    the image half covered by the mask's colours, or both side by side
+    overlays/NAME.jpg    the image half covered by the mask's colours, or both side by side; of a
+                         large image as the network has seen it, shrunk
     entropy/NAME.png     with --uncertainty: black is certain, white an equal chance of all classes
-    predictions.csv      a line an image: mean entropy and confidence, and the share of each class
+    predictions.csv      a line an image: its file, mean entropy and confidence, and the share of
+                         each class
 
 Images are turned as EXIF says. Those in subfolders are found too; what is written of them lies in
-subfolders of the same names. An image that was predicted before by the same checkpoint is skipped,
-so that a stopped call goes on where it was.
+subfolders of the same names. A file that was predicted before by the same checkpoint and with the
+same flags is skipped, so that a stopped call goes on where it was.
 
 The means in predictions.csv are taken at the resolution of the network's logits, a quarter of the
 image's: at full resolution they would take longer than all the rest but the network.
@@ -29,6 +31,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +44,7 @@ from tqdm import tqdm
 from common import InputError, checkpoint
 from common.augment import normalise
 from common.data import BATCH_IMAGES, BATCH_PIXELS, new_loader
-from common.deeplabv3plus import DeepLabV3Plus
+from common.deeplabv3plus import DeepLabV3Plus, MeanLogits
 from common.evaluate import averaged_probabilities, probabilities
 from common.figures import colourise
 from common.images import (
@@ -50,15 +53,15 @@ from common.images import (
     naming_if_too_large,
     open_image,
     open_shrunk,
-    working_size,
 )
 from common.masks import write_mask
 from common.source import IMAGE_SUFFIXES, images_in
 from kernels import pseudo_label, set_backend
 
 LOOK_AHEAD = 256  # images whose sizes are read at once, to put those of one size into batches
-WAITING = 64  # images that may wait for being written
+WAITING_PIXELS = 16_000_000  # of images that may wait for being written
 TTA_SCALES = "0.75,1,1.25"
+ORIGIN = ("file", "modified")
 MEASURES = ("mean_entropy", "mean_confidence")
 
 
@@ -92,11 +95,17 @@ def load_checkpoint(
     name = name or content["result"]
     args = description["args"]
     classes = len(description["classes"])
-    network = DeepLabV3Plus(args["backbone"], classes, "none", args["output_stride"])
-    if name in content["networks"]:
+    state = content["networks"].get(name, {})
+
+    def build() -> DeepLabV3Plus:
+        return DeepLabV3Plus(args["backbone"], classes, "none", args["output_stride"])
+
+    # PS-MT's result is the mean of its teachers.
+    members = {key.split(".")[1] for key in state if key.startswith("members.")}
+    network = MeanLogits([build() for _ in members]) if members else build()
+    if state:
         # A method may have trained further heads, such as U2PL's features: not needed here.
         wanted = network.state_dict().keys()
-        state = content["networks"][name]
         content["networks"][name] = {key: state[key] for key in state if key in wanted}
     checkpoint.load_networks(content, {name: network}, path)
     return network.to(device).eval()
@@ -151,7 +160,7 @@ class EqualSizes(Sampler):
             for index in range(start, min(start + LOOK_AHEAD, len(self.files))):
                 groups.setdefault(self.size_of(index), []).append(index)
             for size, group in groups.items():
-                width, height = working_size(size, self.files.long_side)
+                width, height = size  # the maps have the file's size
                 count = min(BATCH_IMAGES, max(1, BATCH_PIXELS // max(1, width * height)))
                 yield from (group[i : i + count] for i in range(0, len(group), count))
 
@@ -185,6 +194,7 @@ class Predictions:
         mean_entropy: (N,) nats, means over the image.
         mean_confidence: (N,) in [0,1].
         entropy: (N,H,W) nats, None if it was not asked for.
+        extra: (N,...), what else a caller has measured of each image.
         ready: on CUDA, the event after the copies.
     """
 
@@ -192,6 +202,7 @@ class Predictions:
     mean_entropy: Tensor
     mean_confidence: Tensor
     entropy: Tensor | None = None
+    extra: Tensor | None = None
     ready: torch.cuda.Event | None = None
 
     def to_cpu(self) -> "Predictions":
@@ -247,16 +258,19 @@ def logarithm(probs: Tensor) -> Tensor:
     return probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
 
 
+Batch = tuple[list[dict], Tensor | None, Predictions | None]
+
+
 def predict_all(
     files: Files,
     args: argparse.Namespace,
     device: torch.device,
     predict: Callable[[Tensor, tuple[int, int]], Predictions],
-) -> Iterator[tuple[list[dict], Tensor, Predictions]]:
+) -> Iterator[Batch]:
     """Samples, images (N,H,W,3) and predictions, batch by batch.
 
     A batch is handed out when the next one is under way, so that a GPU does not wait for the host.
-    Samples that cannot be predicted come alone, with `error`.
+    Samples that cannot be predicted come alone, with `error`, without images and predictions.
 
     Args:
         files: the images.
@@ -264,27 +278,47 @@ def predict_all(
         device: the network's.
         predict: predicts images (N,3,H,W), with maps of a size (height, width).
     """
-    before = None
+    before: Batch | None = None
     loader = new_loader(files, args, batch_sampler=EqualSizes(files), collate_fn=collate)
     for whole, broken, images in loader:
-        current = None
-        if whole:
-            try:
-                with naming_if_too_large(whole[0]["path"]):
-                    inputs = normalise(images.to(device, non_blocking=True))
-                    current = whole, images, predict(inputs, whole[0]["size"]).to_cpu()
-            except InputError as error:
-                broken += [{**sample, "error": str(error)} for sample in whole]
-        if before is not None:
-            yield ready(before)
+        for batch in predict_or_split(whole, images, device, predict):
+            if batch[2] is None:
+                broken += batch[0]
+                continue
+            if before is not None:
+                yield ready(before)
+            before = batch
         if broken:
             yield broken, None, None
-        before = current
     if before is not None:
         yield ready(before)
 
 
-def ready(batch: tuple) -> tuple:
+def predict_or_split(
+    samples: list[dict],
+    images: Tensor | None,
+    device: torch.device,
+    predict: Callable[[Tensor, tuple[int, int]], Predictions],
+) -> Iterator[Batch]:
+    """A batch with its predictions; image by image where the memory does not suffice for all.
+
+    An image that is too large by itself comes with `error` and without predictions.
+    """
+    if not samples:
+        return
+    try:
+        with naming_if_too_large(samples[0]["path"]):
+            inputs = normalise(images.to(device, non_blocking=True))
+            yield samples, images, predict(inputs, samples[0]["size"]).to_cpu()
+    except InputError as error:
+        if len(samples) == 1:
+            yield [{**samples[0], "error": str(error)}], None, None
+            return
+        for index, sample in enumerate(samples):
+            yield from predict_or_split([sample], images[index : index + 1], device, predict)
+
+
+def ready(batch: Batch) -> Batch:
     """A batch whose predictions have arrived on the CPU."""
     event = batch[2].ready
     if event is not None:
@@ -301,7 +335,7 @@ class Output:
     Args:
         folder: it is made.
         description: the run's.
-        settings: what the predictions depend on.
+        settings: what the predictions depend on; others' are made anew.
         args: `overlay` and `uncertainty`.
 
     Raises:
@@ -309,22 +343,26 @@ class Output:
     """
 
     def __init__(self, folder: Path, description: dict, settings: dict, args: argparse.Namespace):
-        self.folder, self.args = folder, args
+        self.folder, self.args, self.settings = folder, args, settings
         self.classes, self.colours = description["classes"], description["colours"]
         self.background = 0 if self.classes[0] == "background" else None
-        self.columns = ["image", *MEASURES, *self.classes]
-        self.table = folder / "predictions.csv"
+        self.columns = ["image", *ORIGIN, *MEASURES, *self.classes]
+        self.table, self.memory = folder / "predictions.csv", folder / "settings.json"
+        self.rows: dict[str, dict] = {}
         with self.writing(folder):
             for part in self.parts():
                 (folder / part).mkdir(parents=True, exist_ok=True)
-            old = folder / "settings.json"
-            same = old.is_file() and json.loads(old.read_text()) == settings
-            self.rows = read_rows(self.table, self.columns) if same else {}
-            checkpoint.write(settings, old)
+            if self.memory.is_file() and json.loads(self.memory.read_text()) == settings:
+                self.rows = read_rows(self.table, self.columns)
+
+    def begin(self, left: dict[str, Path]) -> None:
+        """Write the lines of the images that stay as they are; those of `left` will follow."""
+        with self.writing(self.table):
+            checkpoint.write(self.settings, self.memory)
             self.file = open(self.table, "w", newline="", buffering=1)
-        self.writer = csv.DictWriter(self.file, self.columns)
-        self.writer.writeheader()
-        self.writer.writerows(self.rows.values())
+            self.writer = csv.DictWriter(self.file, self.columns)
+            self.writer.writeheader()
+            self.writer.writerows(row for name, row in self.rows.items() if name not in left)
 
     @contextmanager
     def writing(self, path: Path) -> Iterator[None]:
@@ -348,13 +386,11 @@ class Output:
         return self.folder / part / f"{name}{self.parts()[part]}"
 
     def has(self, name: str, image: Path) -> bool:
-        """Whether all of an image was written by the same settings, and after the image."""
-        if name not in self.rows:
+        """Whether all of an image was written by the same settings, and the file is the same."""
+        row = self.rows.get(name)
+        if row is None or {key: row[key] for key in ORIGIN} != origin(image):
             return False
-        files = [self.path(part, name) for part in self.parts()]
-        if not all(file.is_file() for file in files):
-            return False
-        return files[0].stat().st_mtime >= image.stat().st_mtime
+        return all(self.path(part, name).is_file() for part in self.parts())
 
     def write(self, name: str, image: Tensor, label: Tensor, entropy: Tensor | None) -> None:
         """Write the files of an image; on a thread of its own."""
@@ -377,14 +413,21 @@ class Output:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path, quality=90)
 
-    def add(self, name: str, found: Predictions, index: int) -> None:
+    def add(self, sample: dict, found: Predictions, index: int) -> None:
         """Write an image's line of predictions.csv, after its files."""
         label = found.label[index]
         shares = torch.bincount(label.flatten(), minlength=len(self.classes)) / label.numel()
         measures = found.mean_entropy[index].item(), found.mean_confidence[index].item()
         values = [f"{value:.4f}" for value in (*measures, *shares.tolist())]
+        line = [sample["name"], *origin(sample["path"]).values(), *values]
         with self.writing(self.table):
-            self.writer.writerow(dict(zip(self.columns, [name, *values])))
+            self.writer.writerow(dict(zip(self.columns, line)))
+
+
+def origin(path: Path) -> dict[str, str]:
+    """Which file an image is, and when it was written: other folders have the same names."""
+    when = datetime.fromtimestamp(path.stat().st_mtime).isoformat(sep=" ")
+    return dict(zip(ORIGIN, (str(path.resolve()), when)))
 
 
 def read_rows(path: Path, columns: list[str]) -> dict[str, dict]:
@@ -423,16 +466,14 @@ def overlay(
     return np.where((label == background).numpy()[..., None], image.numpy(), half)
 
 
-def write_all(
-    batches: Iterator[tuple[list[dict], Tensor, Predictions]], output: Output, bar: tqdm
-) -> list[str]:
+def write_all(batches: Iterator[Batch], output: Output, bar: tqdm) -> list[str]:
     """Write all predictions on threads of their own, and return what could not be predicted."""
     failed = []
-    waiting: list[tuple[Future, str, Predictions, int]] = []
+    waiting: list[tuple[Future, dict, Predictions, int]] = []
 
     def settle(limit: int) -> None:
-        """Wait until at most `limit` images are left to be written."""
-        while len(waiting) > limit:
+        """Wait until at most `limit` pixels are left to be written."""
+        while sum(found.label[0].numel() for *_, found, _ in waiting) > limit:
             future, *line = waiting.pop(0)
             future.result()
             output.add(*line)
@@ -447,8 +488,8 @@ def write_all(
             for index, sample in enumerate(samples):
                 entropy = found.entropy[index] if found.entropy is not None else None
                 job = sample["name"], images[index], found.label[index], entropy
-                waiting.append((pool.submit(output.write, *job), sample["name"], found, index))
-            settle(WAITING)
+                waiting.append((pool.submit(output.write, *job), sample, found, index))
+            settle(WAITING_PIXELS)
         settle(0)
     return failed
 
@@ -586,6 +627,7 @@ def main(argv: list[str] | None = None) -> None:
         "written": path.stat().st_mtime_ns,
         "network": args.network,
         "scales": list(args.scales),
+        "overlay": args.overlay,
     }
     output = Output(folder, description, settings, args)
     left = {
@@ -593,6 +635,7 @@ def main(argv: list[str] | None = None) -> None:
         for name, image in found.items()
         if args.overwrite or not output.has(name, image)
     }
+    output.begin(left)
 
     def predict(images: Tensor, size: tuple[int, int]) -> Predictions:
         return predict_batch(network, images, size, window, args.scales, args.uncertainty)

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from common import InputError, checkpoint, distributed
-from common.cli import note
+from common import InputError, checkpoint, distributed, note
 from common.evaluate import Scores
 from common.schedule import Schedule
-from common.source import DataSource
+from common.source import DataSource, Item
 
 # Columns of metrics.csv; between them what a script measures, as it comes.
 FIRST_COLUMNS, LAST_COLUMNS = ("iteration", "epoch", "lr"), ("seconds", "peak_memory_mb")
@@ -94,6 +94,8 @@ class Report:
         other = f"{self.folder} was started with other images ({described['protocol']})"
         if described["labelled_list_sha1"] != self.data.list_hash:
             raise InputError(f"{other}, not {self.data.protocol}")
+        if described.get("val_list_sha1", self.data.val_hash) != self.data.val_hash:
+            raise InputError(f"{self.folder} was started with other images for validation")
         before, now = set(read_names(self.folder)), unlabelled_names(self.data)
         added = sorted(set(now) - before)
         if added:
@@ -124,6 +126,8 @@ class Report:
                 for part, items in (("labelled", self.data.labelled), ("val", self.data.val)):
                     names = [item.name for item in items]
                     checkpoint.write(names, self.folder / f"{part}.txt")
+                known = files_of((*self.data.labelled, *self.data.val))
+                checkpoint.write(known, self.folder / "files_with_masks.txt")
                 checkpoint.write(self.description(), self.folder / "args.json")
             self.log = open(self.folder / "log.txt", "a" if self.resumed else "w", buffering=1)
         except OSError as error:
@@ -146,6 +150,7 @@ class Report:
             "colours": self.data.colours,
             "protocol": self.data.protocol,
             "labelled_list_sha1": self.data.list_hash,
+            "val_list_sha1": self.data.val_hash,
             "grey_range": self.data.grey_range,
             "iterations": self.schedule.total,
             "processes": distributed.world_size(),
@@ -445,6 +450,11 @@ def resident_mb() -> float | str:
 def unlabelled_names(data: DataSource) -> list[str]:
     """Names of the images that a run learns from without true labels, in order."""
     return [item.name for item in data.unlabelled]
+
+
+def files_of(items: Sequence[Item]) -> list[str]:
+    """The image files of items, as absolute paths; drawn images have none."""
+    return [str(item.image.resolve()) for item in items if isinstance(item.image, Path)]
 
 
 def read_names(run: Path) -> list[str]:

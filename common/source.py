@@ -107,10 +107,24 @@ class DataSource:
         return LabelTable(self.label_map, self.num_classes)
 
     @property
+    def has_own_values(self) -> bool:
+        """Whether its description says what masks hold, other than the numbers of the classes."""
+        return self.colour_map is not None or self.label_map != tuple(range(256))
+
+    @property
     def list_hash(self) -> str:
         """SHA-1 of the truly labelled ids, each once: tells two label lists of one size apart."""
-        names = {item.name for item in self.labelled if not item.pseudo}
-        return hashlib.sha1("\n".join(sorted(names)).encode()).hexdigest()
+        return sha1_of({item.name for item in self.labelled if not item.pseudo})
+
+    @property
+    def val_hash(self) -> str:
+        """The same of the images for validation."""
+        return sha1_of({item.name for item in self.val})
+
+
+def sha1_of(names: set[str]) -> str:
+    """SHA-1 of the sorted names."""
+    return hashlib.sha1("\n".join(sorted(names)).encode()).hexdigest()
 
 
 def check_files(paths: Iterable[Path | int | None]) -> None:
@@ -374,9 +388,17 @@ def visible_files(folder: Path) -> Iterator[Path]:
         yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
-def with_masks(images: dict[str, Path], folder: Path) -> list[Item]:
-    """Each image with its mask: the file of the same id in `folder`, even if that is not there."""
-    masks = masks_in(folder)
+def with_masks(
+    images: dict[str, Path], folder: Path, masks: dict[str, Path] | None = None
+) -> list[Item]:
+    """Each image with its mask, the file of the same id, even if that is not there.
+
+    Args:
+        images: the images' files by id.
+        folder: where the masks lie.
+        masks: their files by the ids of the images; None for those in `folder`.
+    """
+    masks = masks_in(folder) if masks is None else masks
     return [
         Item(name, path, masks.get(name, folder / f"{name}.png")) for name, path in images.items()
     ]
@@ -388,7 +410,13 @@ def masks_in(folder: Path) -> dict[str, Path]:
     Raises:
         InputError: two masks of one id, or JPEGs, which do not keep the values of pixels.
     """
-    return images_in(folder, MASK_SUFFIXES, refused=JPEG_SUFFIXES)
+    jpegs = [path.name for path in visible_files(folder) if path.suffix.lower() in JPEG_SUFFIXES]
+    if jpegs:
+        raise InputError(
+            f"{folder}: {some(sorted(jpegs))}: JPEG changes the values of pixels; export these "
+            "masks again, as PNG"
+        )
+    return images_in(folder, MASK_SUFFIXES, refused=())
 
 
 def map_labels(mapping: dict[int, int], rest: int | None = None) -> tuple[int, ...]:

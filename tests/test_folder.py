@@ -14,6 +14,7 @@ from common.augment import ScaleFrom, WeakAugment
 from common.data import EvalSet, Key, TrainSet, equal_size_loader, load_data
 from common.folder import parse_line
 from common.images import Shrunk, open_image, open_mask, working_size
+from common.run import Run
 
 
 def own(root, **changes):
@@ -127,6 +128,28 @@ def test_masks_may_have_an_ending(flat, ending: str):
     assert len(data.unlabelled) == 6
 
 
+def test_each_mask_may_have_an_ending_and_strangers_are_counted(flat, capsys):
+    (flat / "masks/p0.png").rename(flat / "masks/p0_mask.png")
+    (flat / "masks/p1.png").rename(flat / "masks/q1.png")
+    data = datasets.load(own(flat))
+    assert {item.name for item in (*data.labelled, *data.val)} == {"p0", "p2", "p3"}
+    assert "1 masks in" in (said := capsys.readouterr().err) and "no image: q1.png" in said
+
+
+@pytest.mark.parametrize("name", ["val", "Validation", "VAL"])
+def test_a_folder_for_validation_may_have_other_names(flat, name: str):
+    write_picture(flat / "images" / name / "v.jpg", seed=20)
+    write_mask(flat / "masks" / name / "v.png", 3)
+    data = load_data(own(flat))
+    assert [item.name for item in data.val] == ["v"] and len(data.labelled) == 4
+
+
+def test_a_folder_test_is_questioned(flat, capsys):
+    write_picture(flat / "images/test/t.jpg", seed=20)
+    datasets.load(own(flat))
+    assert "is taken for images to train on" in capsys.readouterr().err
+
+
 def test_masks_of_other_names_are_named(flat):
     for path in (flat / "masks").iterdir():
         path.rename(path.with_stem("x" + path.stem))
@@ -149,7 +172,9 @@ def test_what_is_missing_is_said(flat, tmp_path_factory):
 
 def test_jpeg_masks_are_refused(flat):
     Image.fromarray(np.zeros((48, 64), np.uint8)).save(flat / "masks/p5.jpg")
-    with pytest.raises(InputError, match=r"convert or remove .*masks.p5\.jpg"):
+    with pytest.raises(
+        InputError, match=r"masks: p5\.jpg: JPEG changes the values of pixels; export"
+    ):
         datasets.load(own(flat))
 
 
@@ -257,9 +282,54 @@ def test_three_values_a_class_are_values_where_masks_are_grey(flat):
     assert all(set(np.unique(target)) == {0, 1} for target in targets(data).values())
 
 
+def test_three_values_of_indexed_masks_are_no_colour(flat, capsys):
+    """Found wrong once: the line of the README, `cell 7 8 9`, was taken for a colour."""
+    (flat / "classes.txt").write_text("background *\nobject 1 2 9\n")
+    before = {path.stem: np.array(Image.open(path)) for path in (flat / "masks").iterdir()}
+    for name, target in targets(load_data(own(flat))).items():
+        assert (target == (before[name] > 0)).all()
+    assert "holds" not in capsys.readouterr().err
+
+
+def test_classes_that_occur_nowhere_are_said(flat, capsys):
+    (flat / "classes.txt").write_text("background *\nobject 1 2\nmoon 77\n")
+    datasets.load(own(flat))
+    assert "none of the masks that were looked at holds moon" in capsys.readouterr().err
+
+
+def test_grey_and_colour_masks_may_be_mixed_up(flat):
+    """Found ending in a traceback once."""
+    mask = np.array(Image.open(flat / "masks/p0.png"))
+    Image.fromarray(COLOURS[mask]).save(flat / "masks/p0.png")
+    Image.fromarray(np.array(Image.open(flat / "masks/p1.png"))).save(flat / "masks/p1.png")
+    with pytest.raises(InputError, match=r"p0\.png is a mask in colours"):
+        datasets.load(own(flat))
+
+
+def test_large_masks_are_looked_at_in_part(flat, monkeypatch):
+    from common import folder
+
+    monkeypatch.setattr(folder, "LOOKED_AT_PIXELS", 100)
+    assert len(folder.some_pixels(np.zeros((48, 64, 3)))) <= 100
+    assert folder.colours_in(np.full((48, 64, 3), 7, np.uint8)).keys() == {(7, 7, 7)}
+    assert folder.values_in(np.full((48, 64), 300, np.uint16)).keys() == {300}
+
+
+def test_masks_with_the_first_class_and_borders_alone_are_a_note(flat, capsys):
+    for index in range(2):
+        write_picture(flat / f"images/val/v{index}.jpg", seed=30 + index)
+        mask = np.zeros((48, 64), np.uint8)
+        mask[:2] = 255
+        (flat / "masks/val").mkdir(exist_ok=True)
+        Image.fromarray(mask).save(flat / f"masks/val/v{index}.png")
+    load_data(own(flat))
+    assert "hold only the first class and ignored pixels" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("a 7 8 *\nb 0\n", "numbers or \\*, not both"),
         ("a 0\nb\n", "a with values and b without"),
         ("type 1\ntype 2\n", "names type twice; the values of a class stand in one line"),
         ("a 0 1\nb 1\n", "1 more than once"),
@@ -280,6 +350,8 @@ def test_names_may_hold_spaces():
     assert parse_line("traffic light 7 8").numbers == (7, 8)
     assert parse_line("traffic light").numbers == ()
     assert parse_line("12").name == "12"
+    assert parse_line("cell 255, 254").numbers == (255, 254)
+    assert parse_line("cars, trucks 3").name == "cars, trucks"
     assert parse_line("all else *").rest
 
 
@@ -348,6 +420,14 @@ def test_16_bit_grey_is_scaled_by_the_sets_own_range(flat):
 def test_the_range_is_no_matter_of_8_bit_images(flat, monkeypatch):
     monkeypatch.setattr(check, "_some_values", lambda path: pytest.fail("decoded"))
     assert load_data(own(flat)).grey_range == (0, 65535)
+
+
+def test_images_without_numbers_are_named(flat):
+    for path in sorted((flat / "images").iterdir()):
+        Image.fromarray(np.full((48, 64), np.nan, np.float32)).save(path.with_suffix(".tif"))
+        path.unlink()
+    with pytest.raises(InputError, match=r"p0\.tif: no pixel has a value that is a number"):
+        load_data(own(flat))
 
 
 def test_floats_have_a_range_too(flat):
@@ -422,7 +502,7 @@ def test_settings_fit_a_dozen_images_on_a_cpu(flat):
     assert (args.crop_size, args.output_stride) == (64, 8)
     assert args.max_iters == 1000 and args.eval_iters == 250
     assert args.reasons[0] == "for 10 images, up to 64x48, on a CPU; each is a flag, too"
-    assert any("crop_size 64, at most the short side" in line for line in args.reasons)
+    assert any("crop_size 64, by the short side" in line for line in args.reasons)
 
 
 def test_settings_fit_large_images(flat):
@@ -440,7 +520,7 @@ def test_a_flag_wins_over_what_is_chosen(flat):
     flags = ("--crop-size", "32", "--max-iters", "7", "--scale", "1", "--long-side", "48")
     args = parsed(cps, flat, *flags)
     assert (args.crop_size, args.max_iters, args.scale, args.long_side) == (32, 7, "1", 48)
-    assert args.eval_iters == 1
+    assert args.eval_iters == 2
     assert not any("max_iters" in line or "crop_size" in line for line in args.reasons)
 
 
@@ -453,6 +533,42 @@ def test_the_number_of_images_decides_the_length(flat, monkeypatch):
     monkeypatch.setattr(own_preset.torch.cuda, "is_available", lambda: True)
     args = cps.parse_args(["--data", "folder", "--data-dir", str(flat), "-j", "0"])
     assert (args.device, args.backbone, args.max_iters) == ("cuda", "resnet50", 9000)
+
+
+def test_images_smaller_than_a_crop_can_start(flat):
+    for path in (flat / "images").iterdir():
+        write_picture(path, (20, 20))
+    assert parsed(cps, flat).crop_size == 32
+
+
+def test_broken_images_end_with_a_line(flat, capsys):
+    (flat / "images/p3.jpg").write_bytes(b"nothing")
+    with pytest.raises(SystemExit):
+        parsed(cps, flat)
+    assert "p3.jpg: cannot be read" in capsys.readouterr().err
+
+
+def test_a_run_is_not_resumed_with_other_images_for_validation(flat, begin):
+    """Found wrong once: a new mask changed what is held out, and nothing was said."""
+    (flat / "list.txt").write_text("p0\np1\n")
+    folder = ("--data", "folder", "--data-dir", str(flat), "--max-iters", "3")
+    run = begin(supervised, *folder, "--labelled-list", str(flat / "list.txt"))
+    again = supervised.parse_args(["--resume", run.args.output_dir])
+    for index in (4, 5, 6, 7, 8, 9):
+        write_mask(flat / "masks" / f"p{index}.png", 3, seed=index)
+    with pytest.raises(InputError, match=r"other images for validation|images are new"):
+        Run(again)
+
+
+def test_the_range_of_a_resumed_run_stays(flat, begin):
+    for path in sorted((flat / "images").iterdir()):
+        values = np.full((48, 64), 1000 * int(path.stem[1:]), np.uint16)
+        Image.fromarray(values).save(path.with_suffix(".png"))
+        path.unlink()
+    run = begin(supervised, "--data", "folder", "--data-dir", str(flat), "--max-iters", "3")
+    (flat / "images/p9.png").unlink()
+    again = load_data(supervised.parse_args(["--resume", run.args.output_dir]))
+    assert again.grey_range == run.data.grey_range == (0, 9000)
 
 
 def test_a_resumed_run_chooses_nothing_anew(flat, begin):

@@ -380,6 +380,9 @@ def test_labelme_files_lie_beside_the_images_or_in_a_like_tree(tmp_path):
     labelme_file(labels / "park" / "a.json", other)
     labelme_file(labels / "17.json", thing, "..\\images\\b.jpg")
     labelme_file(labels / ".hidden" / "a.json", [{}])
+    with pytest.raises(InputError, match=r"1 masks of these would stay: .*street.a\.png"):
+        convert(labels, tmp_path, "--overwrite")  # its labels would mean other classes
+    (tmp_path / "masks" / "street" / "a.png").unlink()
     convert(labels, tmp_path, "--overwrite")
     assert classes_of(tmp_path) == ["background", "other", "thing"]
     assert (mask_of(tmp_path, "park/a") == 1).sum() == 200

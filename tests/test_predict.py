@@ -6,6 +6,7 @@ import math
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,9 +50,11 @@ def call(*arguments) -> None:
 
 
 def rows(folder: Path) -> dict[str, dict[str, str]]:
-    """predictions.csv by image."""
+    """predictions.csv by image, none of which stands there twice."""
     with open(folder / "predictions.csv", newline="") as file:
-        return {row["image"]: row for row in csv.DictReader(file)}
+        found = list(csv.DictReader(file))
+    assert len({row["image"] for row in found}) == len(found)
+    return {row["image"]: row for row in found}
 
 
 # -------------------------------------------------------------------------------- what is written
@@ -144,10 +147,25 @@ def test_an_image_that_has_changed_is_predicted_again(trained, images, tmp_path,
     assert re.search(r"^1 images predicted.*2 were there already", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("change", ["checkpoint", "tta", "overwrite"])
+def test_another_folder_with_the_same_names_is_predicted(trained, images, tmp_path, capsys):
+    """Found wrong once: the masks of the first folder stood for those of the second."""
+    other = tmp_path / "other"
+    write_picture(other / "one.jpg", (32, 32), seed=9)
+    os.utime(other / "one.jpg", (1e9, 1e9))  # older than the first masks
+    call(trained, images, "--output", tmp_path / "out")
+    capsys.readouterr()
+    call(trained, other, "--output", tmp_path / "out")
+    assert capsys.readouterr().out.startswith("1 images predicted")
+    assert Image.open(tmp_path / "out/masks/one.png").size == (32, 32)
+    assert rows(tmp_path / "out")["one"]["file"] == str((other / "one.jpg").resolve())
+    assert set(rows(tmp_path / "out")) == {"one", "three", "deep/two.v1"}
+
+
+@pytest.mark.parametrize("change", ["checkpoint", "tta", "overwrite", "overlay"])
 def test_other_settings_predict_all_again(trained, images, tmp_path, capsys, change: str):
     call(trained, images, "--output", tmp_path / "out")
-    flags = {"checkpoint": (), "tta": ("--tta", "1"), "overwrite": ("--overwrite",)}[change]
+    flags = {"checkpoint": (), "tta": ("--tta", "1"), "overwrite": ("--overwrite",),
+             "overlay": ("--overlay", "side-by-side")}[change]  # fmt: skip
     if change == "checkpoint":
         os.utime(trained / "last.pt", (2e9, 2e9))
     capsys.readouterr()
@@ -179,10 +197,33 @@ def test_an_image_too_large_for_the_memory_is_named(trained, images, tmp_path, m
         return predict_batch(network, images, *rest)
 
     monkeypatch.setattr(predict, "predict_batch", too_large)
-    message = r"2 could not be predicted: .*(one|three)\.jpg: too large for this machine's memory"
+    message = r"2 could not be predicted: .*one\.jpg: too large .*three\.jpg: too large for this"
     with pytest.raises(InputError, match=message):
         call(trained, images, "--output", tmp_path / "out")
     assert list(rows(tmp_path / "out")) == ["deep/two.v1"]
+
+
+def refuse_batches(monkeypatch, module) -> None:
+    """The memory suffices for one image at a time."""
+
+    def limited(network, images, *rest, **options):
+        if len(images) > 1:
+            raise MemoryError
+        return predict_batch(network, images, *rest, **options)
+
+    monkeypatch.setattr(module, "predict_batch", limited)
+
+
+def test_a_batch_too_large_for_the_memory_is_split(trained, images, tmp_path, monkeypatch):
+    call(trained, images, "--output", tmp_path / "whole")
+    refuse_batches(monkeypatch, predict)
+    call(trained, images, "--output", tmp_path / "split")
+    whole, split = rows(tmp_path / "whole"), rows(tmp_path / "split")
+    assert split.keys() == whole.keys()
+    for name, row in whole.items():
+        assert float(split[name]["mean_entropy"]) == pytest.approx(
+            float(row["mean_entropy"]), abs=2e-4
+        )
 
 
 def test_batches_have_images_of_one_size(tmp_path, monkeypatch):
@@ -319,8 +360,8 @@ def test_stability_is_the_reliability_of_stpp():
 def test_images_to_label_next(trained, images, tmp_path, with_checkpoints: bool, capsys):
     for index in range(6):
         write_picture(images / f"more{index}.png", seed=10 + index)
-    (trained / "labelled.txt").write_text("more0\n")
-    (trained / "val.txt").write_text("more1\n")
+    known = [images / "more0.png", images / "more1.png"]
+    (trained / "files_with_masks.txt").write_text("".join(f"{path.resolve()}\n" for path in known))
     if with_checkpoints:
         (trained / "stage-1").mkdir()
         for number in (1, 2, 3):
@@ -345,7 +386,22 @@ def test_images_to_label_next(trained, images, tmp_path, with_checkpoints: bool,
     assert Image.open(tmp_path / "out/label_next.png").width > 500
 
 
+def test_a_batch_that_fails_does_not_shift_the_others(trained, images, tmp_path, monkeypatch):
+    """Found wrong once: every later image had the features of another one."""
+    description = checkpoint.read_description(trained)
+    network = predict.load_checkpoint(trained / "last.pt", description, None, torch.device("cpu"))
+    files = Files(predict.find_images(images, tmp_path), description)
+    args = SimpleNamespace(workers=0, device="cpu")
+    expected, _ = label_next.look_closer(files, network, torch.device("cpu"), args)
+    refuse_batches(monkeypatch, label_next)
+    found, _ = label_next.look_closer(files, network, torch.device("cpu"), args)
+    assert found.keys() == expected.keys() and len(found) == 3
+    for name, feature in expected.items():
+        torch.testing.assert_close(found[name], feature, rtol=1e-4, atol=1e-4)
+
+
 def test_nothing_is_left_to_label(trained, images):
-    (trained / "labelled.txt").write_text("one\nthree\ndeep/two.v1\n")
+    known = [path for path in images.rglob("*.*") if path.is_file()]
+    (trained / "files_with_masks.txt").write_text("".join(f"{path.resolve()}\n" for path in known))
     with pytest.raises(InputError, match="all of these images have masks"):
         label_next.main([str(trained), str(images), "--device", "cpu"])
