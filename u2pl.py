@@ -97,18 +97,42 @@ Differences from the paper and from the released code:
    validates centre crops (VOC: of 513 pixels, larger than any image), and on unlabelled images it
    counts in L_u and in the percentiles. Images are antialiased when scaled down; the release's not.
 
+With --ael, as the authors' results on Cityscapes (branch with_AEL of the release), weak classes are
+treated as `ael.py` does, which explains it: they are pasted into labelled images, boxes of CutMix
+bound their regions, and the loss on unlabelled images is AEL's, once on the labelled images with
+the teacher's labels and once on the mixed ones. Differences of that branch:
+11. It drops the labels with the LOWEST entropy, the most certain ones, from the loss, and with them
+    the anchors: --entropy-as-released. The paper and the main branch drop those with the highest,
+    and so does --ael here.
+12. The contrast begins after a tenth of the iterations, and its percentiles stay at α_0 and
+    100 - α_0, as released.
+13. Entropy and ranks are those of the teacher on the mixed images, as without --ael; there they are
+    mixed from those of the whole images. The teacher labels these in eval mode, as released.
+
     python u2pl.py                                       # built-in data, a CPU, under 2 minutes
+    python u2pl.py --ael --data shapes-zipf
     python u2pl.py --data voc --data-dir VOCdevkit --split u2pl-1/8 --amp bf16
 """
 
 import argparse
 import copy
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import InputError, cli, runtime
+from common.adaptive import (
+    ConfidenceBank,
+    ImagePool,
+    adaptive_cutmix,
+    adaptive_loss,
+    copy_paste_step,
+    pasted_classes,
+    sampling_rates,
+    teacher_labels,
+)
 from common.augment import IGNORE, normalise
 from common.cutmix import mix, wide_box_masks
 from common.deeplabv3plus import DeepLabV3Plus, conv_bn_relu, initialise
@@ -219,6 +243,28 @@ SURE = 0.3  # δ_p: current_class_threshold
 CAPACITY = 30_000  # keys of a class
 PUSHED = 1024  # new keys of a class, step and process, at most: our choice
 
+# Of --ael; AEL's own settings are those of ael.py.
+SMALL_AEL = {
+    "paste_scale": "0.75,1,1.25,1.5",
+    "bank_momentum": 0.999,
+    "copy_classes": 3,
+    "region_share": 0.005,
+    "listed_share": 0.01,
+    "pool": 256,
+}
+LARGE_AEL = SMALL_AEL | {"paste_scale": "halves:0.1-2", "pool": 64}
+# Released: contra_weight 0.1, and the contrast's gradient is divided by 8 processes (difference 3).
+RELEASED_AEL = LARGE_AEL | {"contrast_weight": 0.0125}
+WITH_AEL = {
+    "shapes": SHAPES | SMALL_AEL,
+    "shapes-zipf": SHAPES | SMALL_AEL,
+    "camvid": CAMVID | LARGE_AEL,
+    "voc": VOC | RELEASED_AEL,  # our choice; released for Cityscapes alone
+    "cityscapes": CITYSCAPES | RELEASED_AEL,
+    "folder": FOLDER | LARGE_AEL,
+}
+AEL_GAMMA, AEL_SAMPLING = 2.0, 1.0  # γ and β of AEL
+CONTRAST_FROM = 0.1  # of the iterations, with --ael: start_epoch 20 of 200
 LATER_MEASURES = ("loss_unsup", "loss_contrast", "kept", "anchors", "fill")  # after the warm-up
 
 
@@ -226,7 +272,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The settings of a run: the shared flags and those of U2PL."""
     parser = cli.parser(__doc__, PRESETS)
     add_flags(parser)
-    args = cli.finish(parser, PRESETS, "u2pl", argv)
+    given, _ = parser.parse_known_args(argv)
+    presets = WITH_AEL if given.ael else PRESETS
+    args = cli.finish(parser, presets, "u2pl-ael" if given.ael else "u2pl", argv)
+    if args.ael:  # what `common.adaptive` reads
+        vars(args).update(acp=True, acm=True, conf_thresh=0.0, copy_paste_classes=None)
     check(args, parser)
     return args
 
@@ -261,6 +311,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=0.99,
         metavar="M",
         help="of the teacher's average, at most (default: 0.99)",
+    )
+    group.add_argument(
+        "--ael", action="store_true", help="treat weak classes as AEL does, see ael.py"
+    )
+    group.add_argument(
+        "--entropy-as-released",
+        action="store_true",
+        help="with --ael: drop the labels of the lowest entropy",
     )
     group.add_argument(
         "--warmup-iters",
@@ -336,6 +394,8 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error(f"--alpha0 {args.alpha0}: between 0 and 50")
     if not 0 <= (args.warmup_iters or 0) < (args.max_iters or 10**9):
         parser.error(f"--warmup-iters {args.warmup_iters}: from 0 to below --max-iters")
+    if args.entropy_as_released and not args.ael:
+        parser.error("--entropy-as-released goes with --ael")
     if args.contrast_weight < 0:
         parser.error(f"--contrast-weight {args.contrast_weight}: not negative")
 
@@ -803,6 +863,106 @@ def train_step(
     return {"loss": loss, "loss_sup": loss_sup, **dict(zip(LATER_MEASURES, later, strict=True))}
 
 
+class Equalisation(NamedTuple):
+    """What AEL remembers: of `common.adaptive`.
+
+    Attributes:
+        bank: confidence of each class.
+        pool: the last unlabelled crops.
+        allowed: (A,) the classes that may be pasted.
+    """
+
+    bank: ConfidenceBank
+    pool: ImagePool
+    allowed: Tensor
+
+
+def drop_by_entropy(label: Tensor, entropy: Tensor, percentiles: Tensor, lowest: bool) -> Tensor:
+    """Labels (N,H,W) with 255 where the entropy is too high, or with `lowest` too low.
+
+    Args:
+        label, entropy: (N,H,W) of the teacher.
+        percentiles: (2,) of `entropy_percentiles`.
+        lowest: drop H below the first percentile, as released, instead of H from the second on.
+    """
+    low, high = percentiles
+    return label.masked_fill(entropy < low if lowest else entropy >= high, IGNORE)
+
+
+def ael_step(
+    student: nn.Module,
+    teacher: nn.Module,
+    keys: MemoryBank | None,  # of features
+    weak: Equalisation,  # what AEL remembers, which changes
+    batches: list[dict],
+    iteration: int,
+    total: int,
+    args: argparse.Namespace,
+) -> dict[str, Tensor]:
+    """The losses of one iteration with --ael, scalars on the device; see `train_step`.
+
+    `batches` are labelled images, labelled ones to paste from, and unlabelled ones.
+    """
+    # 1. x_l' with weak classes pasted in; x_m, ŷ_m, κ_m of adaptive CutMix
+    batch_l, batch_p, batch_u = batches
+    labelled = copy_paste_step(batch_l, batch_p, weak.bank, weak.allowed, iteration, args)
+    images_l, target_l, valid_l, _ = labelled
+    mixed = adaptive_cutmix(teacher.eval(), batch_u, weak.bank, weak.pool, iteration, args)
+    images_u, label_u, conf_u, valid_u, _ = mixed
+    n, size = len(target_l), target_l.shape[1:]
+
+    # 2. The student on all images together; L_s = CE(p_l, y)
+    images = torch.cat([images_l, images_u])
+    logits, features, auxiliary = student(images, return_features=True)
+    auxiliary_l = None if auxiliary is None else auxiliary[:n]
+    loss_sup = supervised_loss(logits[:n], auxiliary_l, target_l, args.ohem, args.aux_weight)
+    rates = sampling_rates(weak.bank, AEL_SAMPLING)
+    weak.bank.update(logits[:n].detach(), target_l)
+
+    # 3. The teacher on the same; H, and the labels that are certain enough
+    with torch.no_grad():
+        logits_t, features_t, _ = use_batch_statistics(teacher)(images, return_features=True)
+    label_l, conf_l = teacher_labels(logits_t[:n], valid_l, args.conf_thresh)
+    entropy = pseudo_label(logits_t[n:], size, with_entropy=True).entropy
+    alpha = args.alpha0 * (1 - iteration / total) if args.dpa else args.alpha0
+    falling = entropy_percentiles(entropy, label_u, alpha)
+    certain = drop_by_entropy(label_u, entropy, falling, args.entropy_as_released)
+
+    # L_u = Σ w·CE / Σ w, w = κ^γ · kept, on x_m and on x_l'
+    options = {"rates": rates, "gamma": AEL_GAMMA}
+    loss_unsup, kept = adaptive_loss(logits[n:], certain, conf_u, valid_u, **options)
+    again, _ = adaptive_loss(logits[:n], label_l, conf_l, valid_l, **options)
+    loss_unsup = loss_unsup + again
+
+    # 4., 5. L_c, from a tenth of the iterations on
+    loss_contrast = share = fill = torch.zeros_like(kept)
+    if keys is not None:
+        loss_contrast = 0 * features.float().mean()  # DDP wants a gradient for every parameter
+    if keys is not None and iteration >= CONTRAST_FROM * total:
+        fixed = entropy_percentiles(entropy, label_u, args.alpha0)
+        label = certain if args.entropy_as_released else label_u
+        roles = pixel_roles(logits_t, target_l, label, entropy, fixed, **role_flags(args))
+        loss_contrast, share = contrast_loss(features, features_t, roles, keys)
+        fill = keys.filled.float().mean() / keys.keys.shape[1]
+
+    # 6. L = L_s + L_u + λ_c·L_c
+    loss = loss_sup + loss_unsup + args.contrast_weight * loss_contrast
+    later = (loss_unsup, loss_contrast, kept, share, fill)
+    return {"loss": loss, "loss_sup": loss_sup, **dict(zip(LATER_MEASURES, later, strict=True))}
+
+
+def equalisation(run: Run, args: argparse.Namespace) -> Equalisation | None:
+    """What --ael remembers, at the start; None without it."""
+    if not args.ael:
+        return None
+    classes, device = run.data.num_classes, run.device
+    return Equalisation(
+        ConfidenceBank(classes, args.bank_momentum, device),
+        ImagePool(args.pool, classes, args.crop_size, device),
+        torch.tensor(pasted_classes(args, run.data), device=device),
+    )
+
+
 def warm_up_length(args: argparse.Namespace, schedule: Schedule) -> int:
     """Iterations of the warm-up.
 
@@ -842,13 +1002,18 @@ def main(args: argparse.Namespace) -> None:
     if args.contrast:
         bank = MemoryBank(data.num_classes, CAPACITY, student.feature_channels, run.device)
     optimizer = sgd([student], args)
-    run.keep(result="teacher", teacher=teacher, student=student, optimizer=optimizer, bank=bank)
+    weak = equalisation(run, args)
+    states = {"optimizer": optimizer, "bank": bank}
+    if weak is not None:
+        states |= {"confidence": weak.bank, "pool": weak.pool}
+    run.keep(result="teacher", teacher=teacher, student=student, **states)
     trained = run.parallel(student)
     announce(run, bank, warm_up)
 
-    labelled = run.batches(data.labelled, stream=0)
-    unlabelled = run.batches(data.unlabelled, stream=1)
-    for iteration, (batch_l, batch_u) in run.iterations(labelled, unlabelled):
+    loaders = [run.batches(data.labelled, stream=0), run.batches(data.unlabelled, stream=1)]
+    if weak is not None:
+        loaders.insert(1, run.batches(data.labelled, stream=2, scale=args.paste_scale))
+    for iteration, (batch_l, *others) in run.iterations(*loaders):
         if run.evaluates():
             run.report(*validate(run, teacher, student, bank))
         if iteration < warm_up:
@@ -856,7 +1021,12 @@ def main(args: argparse.Namespace) -> None:
             run.step(measured["loss"], optimizer)
             teacher.load_state_dict(student.state_dict())
         else:
-            measured = train_step(trained, teacher, bank, batch_l, batch_u, iteration, total, args)
+            state = trained, teacher, bank
+            if weak is not None:
+                batches = [batch_l, *others]
+                measured = ael_step(*state, weak, batches, iteration, total, args)
+            else:
+                measured = train_step(*state, batch_l, *others, iteration, total, args)
             # 7. SGD;  m = min(1 - 1/t, 0.99), t = 1 in the first iteration after the warm-up
             run.step(measured["loss"], optimizer)
             t = iteration - warm_up + 1

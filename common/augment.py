@@ -66,16 +66,20 @@ class LongSide:
 
 @dataclass(frozen=True)
 class HalfOrDouble:
-    """U(0.5, 1) or U(1, 2) with equal chance (U2PL)."""
+    """U(low, 1) or U(1, high) with equal chance (U2PL: 0.5 and 2)."""
+
+    low: float = 0.5
+    high: float = 2.0
 
     def __call__(self, width: int, height: int) -> float:
-        return uniform(0.5, 1.0) if uniform(0, 1) < 0.5 else uniform(1.0, 2.0)
+        return uniform(self.low, 1.0) if uniform(0, 1) < 0.5 else uniform(1.0, self.high)
 
 
 def scale_rule(text: str) -> ScaleRule:
     """The random scale that `--scale` names.
 
-    Rules are "0.5,0.75,1", "uniform:0.5-2", "long:200-800" and "half-or-double".
+    Rules are "0.5,0.75,1", "uniform:0.5-2", "long:200-800", "half-or-double" and the same with
+    other ends, "halves:0.1-2".
 
     Raises:
         InputError: none of these.
@@ -87,6 +91,10 @@ def scale_rule(text: str) -> ScaleRule:
             low, high = map(int, text.removeprefix("long:").split("-"))
             if 0 < low <= high:
                 return LongSide(low, high)
+        elif text.startswith("halves:"):
+            low, high = map(float, text.removeprefix("halves:").split("-"))
+            if 0.05 <= low <= 1 <= high <= 20:
+                return HalfOrDouble(low, high)
         elif text.startswith("uniform:"):
             low, high = map(float, text.removeprefix("uniform:").split("-"))
             if 0.05 <= low <= high <= 20:

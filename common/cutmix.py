@@ -97,12 +97,25 @@ def box_masks(
     Returns:
         (count,size,size) bool, True inside an odd number of the image's boxes.
     """
+    mine = boxes_of_process(count, size, seed, iteration, boxes, area, even_width)
+    return rasterise(mine.to(device, non_blocking=True), size)
+
+
+def boxes_of_process(
+    count: int,
+    size: int,
+    seed: int,
+    iteration: int,
+    boxes: int = 1,
+    area: tuple[float, float] = (0.5, 0.5),
+    even_width: bool = False,
+) -> Tensor:
+    """The boxes of `box_masks`, (count,boxes,4) int64 on the CPU; see `draw_boxes`."""
     generator = torch.Generator().manual_seed(derive_seed(seed, iteration, 0xC07))
     everywhere = count * distributed.world_size()
     drawn = draw_boxes(everywhere, boxes, area, size, generator, even_width)
     first = count * distributed.rank()
-    mine = drawn[first : first + count]
-    return rasterise(mine.to(device, non_blocking=True), size)
+    return drawn[first : first + count]
 
 
 def half_area_masks(

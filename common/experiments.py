@@ -47,13 +47,17 @@ METHODS = {
     "st": Variant("ST", "stpp.py --plain"),
     "stpp": Variant("ST++", "stpp.py"),
     "u2pl": Variant("U2PL", "u2pl.py"),
+    "u2pl_ael": Variant("U2PL with AEL", "u2pl.py --ael"),
     "fixmatch": Variant("FixMatch", "unimatch.py --fixmatch"),
     "unimatch": Variant("UniMatch", "unimatch.py"),
+    "ael": Variant("AEL", "ael.py"),
+    "psmt": Variant("PS-MT", "psmt.py"),
     "cps_no_cutmix": Variant("CPS without CutMix", "cps.py --no-cutmix"),
     "cps": Variant("CPS", "cps.py"),
 }
 
 FOUR = ("1/16", "1/8", "1/4", "1/2")
+AEL_GAMMAS = ((0, 72.13), (0.5, 73.28), (1, 73.67), (2, 73.85), (3, 73.40))  # γ, published
 EXPERIMENTS = {
     "methods": Experiment("all methods", tuple(METHODS.values())),
     "cps-cutmix": Experiment(
@@ -128,6 +132,58 @@ EXPERIMENTS = {
         tuple(
             Variant(f"τ = {threshold}", f"unimatch.py --conf-thresh {threshold}")
             for threshold in (0, 0.7, 0.9, 0.95, 0.98)
+        ),
+    ),
+    "ael-parts": Experiment(
+        "what each part of AEL adds (published: Cityscapes, ResNet-101, 1/16)",
+        (
+            Variant("none", "ael.py --no-acp --no-acm --no-aes --no-drw", {"1/16": 72.13}),
+            Variant("DRW", "ael.py --no-acp --no-acm --no-aes", {"1/16": 73.85}),
+            Variant("AES", "ael.py --no-acp --no-acm --no-drw", {"1/16": 74.12}),
+            Variant("ACM", "ael.py --no-acp --no-aes --no-drw", {"1/16": 73.89}),
+            Variant("ACP", "ael.py --no-acm --no-aes --no-drw", {"1/16": 72.64}),
+            Variant("DRW, AES", "ael.py --no-acp --no-acm", {"1/16": 74.39}),
+            Variant("DRW, AES, ACM", "ael.py --no-acp", {"1/16": 75.12}),
+            Variant("all (AEL)", "ael.py", {"1/16": 75.83}),
+        ),
+    ),
+    "ael-gamma": Experiment(
+        "the exponent of the teacher's confidence (published: DRW alone, Cityscapes, 1/16)",
+        tuple(
+            Variant(f"γ = {gamma}", f"ael.py --gamma {gamma}", {"1/16": published})
+            for gamma, published in AEL_GAMMAS
+        ),
+    ),
+    "psmt-parts": Experiment(
+        "the parts of PS-MT",
+        (
+            Variant("two teachers (PS-MT)", "psmt.py"),
+            Variant("one teacher", "psmt.py --teachers 1"),
+            Variant("without the weight κ", "psmt.py --no-conf-weight"),
+            Variant("weak views for the student", "psmt.py --no-strong"),
+            Variant("no T-VAT", "psmt.py --no-vat"),
+        ),
+    ),
+    "psmt-vat": Experiment(
+        "the step ξ of T-VAT",
+        (
+            Variant("none", "psmt.py --no-vat"),
+            Variant("ξ = 1e-6 (released)", "psmt.py --xi 1e-6"),
+            Variant("ξ = 0.1", "psmt.py --xi 0.1"),
+            Variant("ξ = 1", "psmt.py --xi 1"),
+        ),
+    ),
+    "u2pl-ael": Experiment(
+        "U2PL's labels and AEL's (published: Cityscapes, ResNet-101, re-run by U2PL's authors)",
+        (
+            Variant("U2PL", "u2pl.py", {"1/16": 70.30, "1/8": 74.37, "1/4": 76.47, "1/2": 79.05}),
+            Variant("AEL", "ael.py", {"1/16": 74.45, "1/8": 75.55, "1/4": 77.48, "1/2": 79.01}),
+            Variant(
+                "U2PL with AEL",
+                "u2pl.py --ael",
+                {"1/16": 74.90, "1/8": 76.48, "1/4": 78.51, "1/2": 79.12},
+            ),
+            Variant("entropy as released", "u2pl.py --ael --entropy-as-released"),
         ),
     ),
     "u2pl-table4": Experiment(

@@ -133,6 +133,7 @@ class Run:
         stream: int,
         strong: Callable[[dict, Item], dict] | None = None,
         order: int | None = None,
+        scale: str | None = None,
     ) -> Iterable[dict]:
         """Batches of `items` for the iterations that are left; `common.data.TrainSet` says of what.
 
@@ -144,13 +145,13 @@ class Run:
             stream: batches of other numbers are independent shuffles and augmentations.
             strong: further augmentation of a sample.
             order: stream whose shuffles to follow; None for its own.
+            scale: rule of the random scale; None for that of the settings.
         """
         assert self.networks or not self.args.resume, "keep() comes first"
         if self.args.eval_only:
             return []
-        return train_loader(
-            self.data, items, stream, self.args, self.start, self.schedule.total, strong, order
-        )
+        span = self.start, self.schedule.total
+        return train_loader(self.data, items, stream, self.args, *span, strong, order, scale)
 
     def iterations(self, *loaders: Iterable[dict]) -> Iterator[tuple[int, list[dict]]]:
         """Number and batches, on the device, of each iteration that is left.

@@ -4,8 +4,10 @@ import math
 
 import pytest
 
+import ael
 import cps
 import mean_teacher
+import psmt
 import stpp
 import supervised
 import u2pl
@@ -14,7 +16,7 @@ from common import cli
 from common.datasets import DATASETS
 from common.schedule import Schedule
 
-SCRIPTS = (cps, mean_teacher, stpp, supervised, u2pl, unimatch)
+SCRIPTS = (ael, cps, mean_teacher, psmt, stpp, supervised, u2pl, unimatch)
 EVERY_PRESET = {
     "backbone", "weights", "output_stride", "dropout", "batch_size", "eval_window", "crop_size",
     "scale", "lr", "head_lr_mult", "weight_decay", "decay_norm", "ohem",
@@ -62,6 +64,14 @@ def test_a_preset_that_processes_cannot_share_is_said_so(
     assert cps.parse_args([]).batch_size == batch
     printed = capsys.readouterr().err
     assert said in printed if said else not printed
+
+
+@pytest.mark.parametrize("text", ["1/0", "0", "1", "x", "2/1"])
+def test_a_fraction_lies_between_0_and_1(text: str, capsys):
+    with pytest.raises(SystemExit):
+        cps.parse_args(["--val-fraction", text])
+    assert "is not above 0 and below 1" in capsys.readouterr().err
+    assert cps.parse_args(["--val-fraction", "1/4"]).val_fraction == 0.25
 
 
 def test_pretrained_weights_are_those_of_the_backbone():

@@ -15,13 +15,15 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
+import ael
 import cps
 import mean_teacher
+import psmt
 import stpp
 import supervised
 import u2pl
 import unimatch
-from common import augment
+from common import adaptive, augment
 from common.deeplabv3plus import DeepLabV3Plus
 from common.run import place
 from kernels import set_backend
@@ -43,11 +45,17 @@ STEPS = [
     (unimatch, "", 3),
     (unimatch, "--fixmatch", 3),
     (unimatch, "--complementary", 3),
+    (ael, "", 3),
+    (ael, "--no-acm --no-aes --bank-as-released", 3),
+    (psmt, "", 2),
+    (psmt, "--teachers 1 --no-conf-weight --no-strong", 2),
     (u2pl, "--warmup-iters 9", 2),
     (u2pl, U2PL, 2),
     (u2pl, f"{U2PL} --cutmix-prob 1 --negatives-as-released", 2),
     (u2pl, f"{U2PL} --negatives reliable --no-dpa --no-prt", 2),
     (u2pl, f"{U2PL} --no-contrast", 2),
+    (u2pl, f"{U2PL} --ael", 3),
+    (u2pl, f"{U2PL} --ael --entropy-as-released --no-contrast", 3),
 ]
 USUAL = ("voc", "bf16", "auto")
 OTHER = [
@@ -59,9 +67,9 @@ OTHER = [
 
 
 def cases() -> list:
-    """All steps at the usual setting, four at others; FAKE_CUDA=all: all steps at all settings."""
+    """All steps at the usual setting, six at others; FAKE_CUDA=all: all steps at all settings."""
     chosen = [(step, USUAL) for step in STEPS]
-    chosen += [(STEPS[index], setting) for index in (2, 5, 9, 13) for setting in OTHER]
+    chosen += [(STEPS[index], setting) for index in (2, 5, 9, 12, 14, 17) for setting in OTHER]
     if os.environ.get("FAKE_CUDA") == "all":
         settings = itertools.product(CLASSES, ("off", "bf16", "fp16"), ("auto", "torch"))
         chosen = list(itertools.product(STEPS, settings))
@@ -118,13 +126,17 @@ def networks_of(script, args, classes: int) -> list[nn.Module]:
     with torch.device("meta"):
         if script is u2pl:
             first = u2pl.Network(args, classes).train()
+        elif script is ael:
+            first = ael.Network(args, classes).train()
+        elif script is psmt:
+            first = psmt.Network.from_settings(args, classes).train()
         elif script is unimatch:
             first = unimatch.Network.from_settings(args, classes).train()
         else:
             first = DeepLabV3Plus.from_settings(args, classes).train()
         if script is cps:
             return [first, DeepLabV3Plus.from_settings(args, classes).train()]
-        if script in (mean_teacher, u2pl):
+        if script in (ael, mean_teacher, psmt, u2pl):
             return [first, copy.deepcopy(first).requires_grad_(False)]
     return [first]
 
@@ -140,6 +152,13 @@ def step_of(script, networks: list, batches: list[dict], args, classes: int) -> 
     bank = None
     if script is u2pl and args.contrast:
         bank = u2pl.MemoryBank(classes, u2pl.CAPACITY, networks[0].feature_channels, CUDA)
+    memory = []
+    if script is ael or (script is u2pl and args.ael):
+        memory = [
+            ael.ConfidenceBank(classes, args.bank_momentum, CUDA),
+            ael.ImagePool(args.pool, classes, args.crop_size, CUDA),
+            torch.arange(1, classes, device=CUDA),
+        ]
 
     def step(iteration: int) -> dict[str, torch.Tensor]:
         if script is cps:
@@ -149,6 +168,16 @@ def step_of(script, networks: list, batches: list[dict], args, classes: int) -> 
         if script is unimatch:
             return unimatch.train_step(*networks, batch_l, *batches_u, iteration, args)
         student, teacher = networks
+        if script is ael:
+            measured = ael.train_step(student, teacher, *memory, batches, iteration, args)
+            ael.ema_update(teacher, student, args.ema_decay)
+            return measured
+        if script is psmt:
+            teachers = [teacher] * args.teachers
+            inputs = (student, teachers, 0, batch_l, *batches_u, 1.0, iteration, args)
+            measured = psmt.train_step(*inputs)
+            psmt.ema_update(teacher, student, args.ema_decay)
+            return measured
         if script is mean_teacher:
             kind = mean_teacher.kind(args)
             if kind != "noise":
@@ -161,12 +190,26 @@ def step_of(script, networks: list, batches: list[dict], args, classes: int) -> 
             return measured
         if iteration < args.warmup_iters:
             return u2pl.warm_up_step(student, batch_l, args)
+        if args.ael:
+            weak = u2pl.Equalisation(*memory)
+            inputs = (student, teacher, bank, weak, batches, iteration, args.max_iters, args)
+            return u2pl.ael_step(*inputs)
         inputs = (student, teacher, bank, batch_l, *batches_u, iteration, args.max_iters, args)
         measured = u2pl.train_step(*inputs)
         u2pl.ema_update(teacher, student, args.ema_decay)
         return measured
 
     return step
+
+
+def leave_out_what_needs_values(monkeypatch) -> None:
+    """AEL's regions, which the host finds, and the gradient inside a step of PS-MT."""
+
+    def no_regions(label, classes, size, *_):
+        return torch.zeros(len(label), 4, dtype=torch.int64), torch.zeros(len(label))
+
+    monkeypatch.setattr(adaptive, "component_boxes", no_regions)
+    monkeypatch.setattr(psmt, "direction", lambda of, at, *_: torch.zeros_like(of(at)[:, :1]) + at)
 
 
 @pytest.mark.parametrize(("script", "flags", "count", "data", "amp", "kernels"), cases())
@@ -183,6 +226,7 @@ def test_a_step_stays_on_the_device_and_never_waits(
     with FakeTensorMode():
         mean, std = torch.zeros(3, device=CUDA), torch.ones(3, device=CUDA)
         monkeypatch.setattr(augment, "_statistics", lambda device: (mean, std))
+        leave_out_what_needs_values(monkeypatch)
         networks = [on_fake_device(network, args) for network in networks]
         batches = [fake_batch(args) for _ in range(count)]
         step = step_of(script, networks, batches, args, classes)

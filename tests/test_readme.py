@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run
 
+import ael
 import cps
 import mean_teacher
+import psmt
 import stpp
 import supervised
 import u2pl
@@ -22,7 +24,7 @@ PAGES = [
 ]
 SCRIPTS = {
     Path(script.__file__).name: script
-    for script in (cps, mean_teacher, stpp, supervised, u2pl, unimatch)
+    for script in (ael, cps, mean_teacher, psmt, stpp, supervised, u2pl, unimatch)
 }
 
 

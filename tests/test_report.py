@@ -9,15 +9,17 @@ import sys
 import pytest
 from conftest import ROOT
 
+import ael
 import cps
 import mean_teacher
+import psmt
 import stpp
 import supervised
 import u2pl
 import unimatch
 from common import InputError, report
 
-SCRIPTS = (cps, mean_teacher, stpp, supervised, u2pl, unimatch)
+SCRIPTS = (ael, cps, mean_teacher, psmt, stpp, supervised, u2pl, unimatch)
 
 
 def test_a_killed_run_leaves_no_lock_behind_in_its_loader_workers(tmp_path):

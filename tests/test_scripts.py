@@ -205,6 +205,9 @@ def test_cps_trains_on_every_data_set(data: str, split: str, request, tmp_path):
         "mean_teacher.py --cutmix",
         "mean_teacher.py --classmix",
         "unimatch.py",
+        "ael.py",
+        "psmt.py --warmup-epochs 0.5",
+        "u2pl.py --ael --warmup-iters 2",
     ],
     ids=lambda command: command,
 )

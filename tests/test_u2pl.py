@@ -17,6 +17,7 @@ from test_scripts import same, start, wait_for, weights
 
 import u2pl
 from common import InputError, datasets, distributed
+from common.adaptive import ConfidenceBank, ImagePool
 from common.augment import normalise
 from common.data import train_loader
 from common.run import Run, place, to_device
@@ -380,6 +381,73 @@ def test_a_step_is_what_the_docstring_says(monkeypatch):
     torch.testing.assert_close(measured["loss"], total)
     assert all(parameter.grad is None for parameter in parts.teacher.parameters())
     assert all(parameter.grad.abs().max() > 0 for parameter in parts.student.parameters())
+
+
+# ------------------------------------------------------------------------------------- with --ael
+
+
+def test_labels_are_dropped_by_entropy_in_either_direction():
+    entropy = torch.tensor([[[0.1, 0.2, 0.3, 0.4, 0.5]]])
+    label = torch.tensor([[[0, 1, 2, 3, 4]]], dtype=torch.uint8)
+    percentiles = torch.tensor([0.2, 0.4])
+    highest = u2pl.drop_by_entropy(label, entropy, percentiles, lowest=False)
+    assert highest.flatten().tolist() == [0, 1, 2, 255, 255]  # the paper's: H < γ stays
+    lowest = u2pl.drop_by_entropy(label, entropy, percentiles, lowest=True)
+    assert lowest.flatten().tolist() == [255, 1, 2, 3, 4]  # the most certain go, as released
+
+
+def with_ael(*flags: str) -> tuple[SimpleNamespace, u2pl.Equalisation, list[dict]]:
+    """`prepared` with what AEL remembers; and the labelled images stand for those to paste from."""
+    parts = prepared("--ael", *flags)
+    weak = u2pl.Equalisation(
+        ConfidenceBank(12, 0.99, CPU), ImagePool(8, 12, 32, CPU), torch.arange(1, 12)
+    )
+    batches = [parts.batch_l, parts.batch_l, parts.batch_u]
+    with torch.no_grad():  # a teacher that differs
+        for parameter in parts.teacher.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return parts, weak, batches
+
+
+def ael_step(parts, weak, batches, iteration: int) -> dict[str, torch.Tensor]:
+    """A step with --ael of 900 iterations."""
+    state = parts.student, parts.teacher, parts.bank
+    return u2pl.ael_step(*state, weak, batches, iteration, 900, parts.args)
+
+
+def test_with_ael_the_student_learns_and_both_memories_fill(monkeypatch):
+    monkeypatch.setattr(u2pl, "SURE", 0.0)  # a fresh network is sure of nothing
+    parts, weak, batches = with_ael("--contrast-weight", "0.3")
+    early = ael_step(parts, weak, batches, 89)
+    assert early["loss_contrast"].item() == 0 and parts.bank.filled.sum() == 0
+    assert weak.pool.filled == 2 and weak.bank.confidence.max() > 0
+    measured = ael_step(parts, weak, batches, 90)  # a tenth of 900
+    assert measured["loss_contrast"].item() > 0 and parts.bank.filled.sum() > 0
+    total = sum(measured[name] for name in ("loss_sup", "loss_unsup"))
+    total = total + 0.3 * measured["loss_contrast"]
+    torch.testing.assert_close(measured["loss"], total)
+    measured["loss"].backward()
+    assert all(part.grad.abs().sum() > 0 for part in parts.student.classifier.parameters())
+    assert all(part.grad is None for part in parts.teacher.parameters())
+
+
+def test_the_direction_of_the_entropy_changes_the_loss():
+    losses = []
+    for flags in ((), ("--entropy-as-released",)):
+        parts, weak, batches = with_ael("--no-contrast", *flags)
+        torch.manual_seed(1)
+        losses.append(ael_step(parts, weak, batches, 100)["loss_unsup"].item())
+    # Certain labels dropped, uncertain ones learnt: a larger loss.
+    assert losses[0] != losses[1]
+
+
+def test_the_released_weight_with_ael_and_flags_that_go_together(capsys):
+    args = u2pl.parse_args(["--ael", "--data", "cityscapes", "--device", "cpu", "-j", "0"])
+    assert args.contrast_weight == pytest.approx(0.1 / 8)
+    assert args.output_dir == "runs/u2pl-ael-cityscapes-1-8-seed0"
+    with pytest.raises(SystemExit):
+        u2pl.parse_args(["--entropy-as-released"])
+    assert "goes with --ael" in capsys.readouterr().err
 
 
 @pytest.fixture
