@@ -43,9 +43,11 @@ teachers have the same label.
 
 Differences from the paper and the released code (yyliu01/PS-MT, VocCode). The paper's own text was
 not at hand: what is here is the release.
-1. The release takes ξ = 1e-6. In float32 that step is lost in rounding, and g with it: r then
-   points nowhere. Here ξ is 0.1; --xi 1e-6 shows the difference, --no-vat leaves r out. Where the
-   release divides by ‖g‖ + 1e-8, here r has length ε whatever ‖g‖ is, and is 0 where g is 0.
+1. The release takes ξ = 1e-6. In float32 that step is lost in rounding, and g with it: on features
+   of a network trained here, r has a length of 0.0005 instead of 2, since the release divides by
+   ‖g‖ + 1e-8, and no direction (cosine to that of float64: 0.00). With ξ = 0.1, the default, they
+   are 2 and 1.00. --xi 1e-6 is the release's ξ, --no-vat leaves r out. Here r has length ε whatever
+   ‖g‖ is, and is 0 where g is 0.
 2. T-VAT compares predictions at the resolution of the logits, a quarter of the image's; in the
    release they are interpolated first. The 7 highest logits are chosen at that resolution, too.
 3. The teachers start from the student's pretrained backbone; in the release from random weights,

@@ -12,6 +12,7 @@ from torch import nn
 import psmt
 from common import adversarial, datasets
 from common.adversarial import direction
+from common.augment import normalise
 from common.data import train_loader
 from common.deeplabv3plus import DeepLabV3Plus, MeanLogits
 from common.predict import load_network
@@ -246,6 +247,39 @@ def test_teachers_take_turns_after_the_warm_up(begin, monkeypatch):
     assert changed[2:] == turns
     for member in run.networks["teachers"].members:
         assert not any(part.requires_grad for part in member.parameters())
+
+
+def test_the_released_step_vanishes_in_a_trained_network(begin, monkeypatch):
+    """ξ = 1e-6 on features of a network that has learnt for a while: length and direction.
+
+    The release divides the gradient by its length + 1e-8, which is far above the length.
+    """
+    _, run = trained_run(begin, monkeypatch, "--max-iters", "60", "--warmup-epochs", "5")
+    student = run.networks["student"].eval()
+    teachers = [copy.deepcopy(net).eval() for net in run.networks["teachers"].members]
+    exact = [copy.deepcopy(net).double() for net in teachers]
+    batch = next(iter(train_loader(run.data, run.data.unlabelled, 1, run.args, 0, 1)))
+    with torch.no_grad():
+        low, _, high = student.backbone(normalise(batch["image"], batch["valid_mask"]))
+        features = student.fuse(low, high)
+    torch.manual_seed(0)
+    d = adversarial.unit_length(torch.rand_like(features) - 0.5)
+
+    def gradient(networks: list, at: torch.Tensor, xi: float) -> torch.Tensor:
+        step = d.to(at.dtype).requires_grad_()
+        target = (sum(net.decode(at) for net in networks) / 2).softmax(1)
+        moved = sum(net.decode(at + xi * step) for net in networks) / 2
+        divergence = F.kl_div(moved.log_softmax(1), target, reduction="sum")
+        return torch.autograd.grad(divergence, step)[0].double().flatten(1)
+
+    found = {}
+    for xi in (1e-6, 0.1):
+        g, true = gradient(teachers, features, xi), gradient(exact, features.double(), xi)
+        length = g.norm(dim=1)
+        released = 2 * length / (length + 1e-8)
+        found[xi] = F.cosine_similarity(g, true).abs(), released
+    assert found[1e-6][0].max() < 0.1 and found[1e-6][1].max() < 0.02
+    assert found[0.1][0].min() > 0.99 and found[0.1][1].min() > 1.9
 
 
 def test_the_average_includes_batchnorm():

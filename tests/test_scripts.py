@@ -149,7 +149,7 @@ def test_a_run_begins_with_its_settings_a_line_a_group(finished):
     ]  # fmt: skip
     assert lines[0] == "data: crop_size 64, scale 0.75,1,1.25,1.5"
     assert lines[2].endswith("processes 1, batch_size 2, eval_iters 6, eval_window 0")
-    assert lines[4] == "method: cps_weight 1.0, cutmix True, soft False"
+    assert lines[4] == "method: cps_weight 0.5, cutmix True, soft False"
 
 
 def test_metrics_have_one_row_a_log_line_and_evaluation(finished):
