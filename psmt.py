@@ -60,8 +60,8 @@ not at hand: what is here is the release.
    Within an epoch the release shows the same augmented labelled images again and again
    (itertools.cycle keeps the first pass); here each pass is drawn anew.
 7. Padding counts nowhere; in the release that of unlabelled images does.
-8. Learning rates: on VOC the release multiplies 0.0025 by its 4 processes and averages gradients,
-   which is 0.01 in one process. On Cityscapes it multiplies, too, and there the rate is our choice.
+8. Learning rates are the released ones of the whole batch: on VOC 0.0025 for each of 4 processes,
+   whose gradients are averaged, so 0.01; on Cityscapes 0.0045.
 9. The network is this project's DeepLabv3+, without deep stem and multi-grid, and images are
    antialiased when they are scaled down.
 
@@ -92,10 +92,10 @@ from common.runtime import derive_seed
 from common.source import Item
 from kernels import cross_entropy, pseudo_label
 
-# All settings of a data set; a flag of the same name, where there is one, replaces it. Those of voc
-# are the released configuration (VocCode/configs, scripts/train_voc_aug.sh), whose 4 processes with
-# 8 images each are one here; so are the epochs of cityscapes (scripts/train_city.sh). The other
-# settings are our own choice.
+# All settings of a data set; a flag of the same name, where there is one, replaces it. Unless a
+# comment says otherwise, those of voc and cityscapes are the released configurations
+# (VocCode/configs, scripts/train_voc_aug.sh, whose 4 processes with 8 images each are one here;
+# CityCode/configs, scripts/train_city.sh). The other settings are our own choice.
 SHAPES = {  # a small network with pretrained weights of its own, for a CPU
     "backbone": "tiny",
     "weights": "blots",
@@ -166,7 +166,7 @@ CITYSCAPES = VOC | {
     "batch_size": 8,
     "crop_size": 800,
     "scale": "uniform:0.5-2",
-    "lr": 0.0045,  # our choice
+    "lr": 0.0045,
     "unsup_weight": 3.0,
     "eval_window": "crop",
     "eval_interval": 8,  # our choice

@@ -158,7 +158,7 @@ def test_metrics_have_one_row_a_log_line_and_evaluation(finished):
     evaluated = [cell != "" for cell in columns["miou"]]
     assert evaluated == [False, False, False, True, False, False, False, True]
     parts = zip(columns["loss_sup"], columns["loss_unsup"])
-    total = [float(sup) + float(unsup) for sup, unsup in parts if sup]
+    total = [float(sup) + 0.5 * float(unsup) for sup, unsup in parts if sup]  # λ of the preset
     expected = [float(cell) for cell in columns["loss"] if cell]
     assert total == pytest.approx(expected, rel=1e-4)
 
