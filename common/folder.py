@@ -10,6 +10,7 @@ validation. Or the folders say so: `images/labelled`, `images/unlabelled`, `imag
 """
 
 import argparse
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -129,7 +130,7 @@ def find_images(root: Path) -> Found:
 
 def val_folder(images: Path) -> str:
     """The name of the subfolder for validation, "val" if there is none."""
-    names = sorted(path.name for path in images.iterdir() if path.is_dir())
+    names = sorted(entry.name for entry in os.scandir(images) if entry.is_dir())
     for name in names:
         if name.lower() == "test":
             note(
