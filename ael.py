@@ -11,17 +11,18 @@ Hu, Wei, Hu, Ye, Cui, Wang; NeurIPS 2021, arXiv:2110.05474.
     u2 --'       ^ box around a weak class in u2        teacher f' --> ŷ_m ------'
 
 1. Take labelled images x_l and others to paste from, and unlabelled images u1.
-2. Copy-paste (ACP): K classes are drawn with probabilities softmax(sqrt(1 - Conf^c)); in half of
-   the images all their pixels in another labelled image, of another scale, are pasted at the same
-   place. Supervise the student on the result (voc, cityscapes: on the hard pixels, OHEM, and with
-   an auxiliary head):
+2. Copy-paste (ACP): K classes are drawn for the whole batch, with repetition, with probabilities
+   softmax(sqrt(1 - Conf^c)); in half of the images all their pixels in another labelled image, of
+   another scale, are pasted at the same place: x_l', y'. Supervise the student on the result (voc,
+   cityscapes: on the hard pixels, OHEM, and with an auxiliary head):
        L_s = CE(f(x_l'), y')
 3. Bank:  Conf^c <- 0.999·Conf^c + 0.001·(mean of p_c(x_l') over the pixels of class c)    [Eq. (4)]
 4. Adaptive CutMix (ACM): for each u1 a class c is drawn with probabilities softmax(1 - Conf), and a
    crop u2 in which the teacher has seen it. The box M bounds a random connected region of c in
    argmax f'(u2), or is CutMix-Seg's, of half the area, where there is none:
        x_m = M·u2 + (1-M)·u1,   ŷ_m = M·ŷ(u2) + (1-M)·ŷ(u1),   κ_m alike, κ = max p'
-5. Sampling (AES): a pixel which the student predicts as c is kept with probability
+5. Sampling (AES), by the bank as it is now: a pixel which the student predicts as c is kept with
+   probability
        s^c = ((1 - Conf^c) / max_k (1 - Conf^k))^β
 6. Re-weighting (DRW):
        w = κ^γ · kept,   L_u = Σ w·CE(f(x), ŷ) / Σ w                              [Eq. (10) to (12)]
@@ -46,7 +47,7 @@ Differences from the paper and the released code (hzhupku/SemiSeg-AEL):
 1. A class that no labelled pixel of a batch has keeps its confidence, which begins with 0. In the
    release it counts as confidence 0, so that a rare class loses confidence because it is rare, and
    the bank begins with random numbers: --bank-as-released. There each process has a bank of its own
-   that no checkpoint keeps; here it is one for all, and kept.
+   that no checkpoint keeps; here it is one for all, and kept, and so is the pool of 3.
 2. The classes to paste are drawn with the square root of 1 - Conf, as released; the paper has none.
    In the release the classes 0, 1, 2, 8 and 10 are never pasted, whatever the data set, though they
    are road, sidewalk, building, vegetation and sky of Cityscapes. Here these are left out on
@@ -58,9 +59,10 @@ Differences from the paper and the released code (hzhupku/SemiSeg-AEL):
    that of the region, whatever its size, as the released settings have it (no_pad, no_slim).
 5. The term on labelled images in L_u is of the release; the paper's L_u is on unlabelled ones:
    --no-labelled-consistency.
-6. Σ w is taken over all pixels of the batch, as released; the paper's Eq. (12) divides in each
-   image. Labels below the threshold of voc add nothing to the loss, and their weight counts, as
-   released. Padding counts nowhere; in the release it is image.
+6. Σ w is taken over all pixels of the batch and of all processes; the paper's Eq. (12) divides in
+   each image, and so does the release on mixed images, of which a process there has one. Labels
+   below the threshold of voc add nothing to the loss, and their weight counts, as released. Padding
+   counts nowhere; in the release it is image.
 7. Which pixels are kept is drawn for each image; in the release one map is shared by a batch.
 8. The teacher runs in train mode with BatchNorm statistics of its own, as released.
 9. The network is this project's DeepLabv3+, ResNet-50 in the presets (released: ResNet-101,
@@ -74,6 +76,7 @@ Differences from the paper and the released code (hzhupku/SemiSeg-AEL):
 
 import argparse
 import copy
+import os
 
 import torch
 from torch import Tensor, nn
@@ -261,7 +264,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--conf-thresh lies in [0,1]; --gamma and --sampling-exp are not negative")
     if args.unsup_weight < 0 or args.copy_classes < 1:
         parser.error("--unsup-weight is not negative, --copy-classes at least 1")
-    if args.pool < args.batch_size:
+    if args.pool < args.batch_size * int(os.environ.get("WORLD_SIZE", 1)):
         parser.error(f"--pool {args.pool}: at least as many as the images of a batch")
 
 
@@ -335,20 +338,19 @@ def train_step(
     # L_s = CE(f(x_l'), y')
     logits_l, loss_sup = supervise(student, images_l, target_l, args)
 
-    # 3., 5. s^c of the bank before this batch changes it
-    rates = sampling_rates(bank, args.sampling_exp) if args.aes else None
-    gamma = args.gamma if args.drw else 0.0
-    bank.update(logits_l.detach(), target_l)
-
-    # 4. x_m, ŷ_m, κ_m
+    # 4. x_m, ŷ_m, κ_m, with the classes that the bank calls weak before this batch
     with torch.no_grad():
         label_l, conf_l = teacher_labels(teacher(images_l), valid_l, args.conf_thresh)
     mixed = adaptive_cutmix(teacher, batch_u, bank, pool, iteration, args)
     images_m, label_m, conf_m, valid_m, found = mixed
 
+    # 3., 5. The bank takes in this batch;  s^c
+    bank.update(logits_l.detach(), target_l)
+    rates = sampling_rates(bank, args.sampling_exp) if args.aes else None
+
     # 6. L_u = Σ w·CE / Σ w, on x_m and on x_l'
     logits_m = student(images_m)
-    options = {"rates": rates, "gamma": gamma}
+    options = {"rates": rates, "gamma": args.gamma if args.drw else 0.0}
     loss_unsup, kept = adaptive_loss(logits_m, label_m, conf_m, valid_m, **options)
     if args.labelled_consistency:
         again, _ = adaptive_loss(logits_l, label_l, conf_l, valid_l, **options)

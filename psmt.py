@@ -38,32 +38,39 @@ The result is the mean of both teachers' logits. Each teacher and the student ar
 | ŷ_m    | label_m            | τ      | args.conf_thresh | w(t)   | weight            |
 | κ_m    | conf_m             | α      | args.ema_decay   | T      | args.ramp_epochs  |
 
-`confident` is the share of pixels with κ_m >= τ, `agreement` the share of pixels on which both
-teachers have the same label.
+h are features (N,F,h,w), and q the softmax of the mean of both teachers' logits of them. In step 7
+t counts epochs from the end of the warm-up on. `confident` is the share of pixels with κ_m >= τ,
+`agreement` the share of pixels, at the resolution of the logits, with the same label by both
+teachers.
 
 Differences from the paper and the released code (yyliu01/PS-MT, VocCode). The paper's own text was
 not at hand: what is here is the release.
 1. The release takes ξ = 1e-6. In float32 that step is lost in rounding, and g with it: on features
-   of a network trained here, r has a length of 0.0005 instead of 2, since the release divides by
-   ‖g‖ + 1e-8, and no direction (cosine to that of float64: 0.00). With ξ = 0.1, the default, they
-   are 2 and 1.00. --xi 1e-6 is the release's ξ, --no-vat leaves r out. Here r has length ε whatever
-   ‖g‖ is, and is 0 where g is 0.
+   of a network trained here g has no direction (cosine to that of float64: 0.00), and since the
+   release divides by ‖g‖ + 1e-8, r has a length of the order of 0.001 instead of 2. With ξ = 0.1,
+   the default, they are 1.00 and 2. Here r has length ε whatever ‖g‖ is, and is 0 where g is 0: so
+   --xi 1e-6 adds a random direction of that length, and the release is near --no-vat.
 2. T-VAT compares predictions at the resolution of the logits, a quarter of the image's; in the
    release they are interpolated first. The 7 highest logits are chosen at that resolution, too.
 3. The teachers start from the student's pretrained backbone; in the release from random weights,
-   which 1000 averaging steps replace: --teachers-from-scratch. Heads differ, as released.
-4. The warm-up has one optimiser and the poly learning rate of the whole run; in the release each
-   network has its own and a constant rate, and they train one after another.
+   which averaging replaces: --teachers-from-scratch. Heads differ, as released.
+4. The warm-up has one optimiser and the poly learning rate of the whole run, whose iterations it is
+   part of; in the release it comes in addition, each network has its own optimiser and a constant
+   rate, and they train one after another.
 5. The boxes are those of the release for VOC on all data sets: of one size a batch, λ ~ Beta(4,4),
    sides sqrt(1-λ). On Cityscapes the release pastes three smaller ones.
 6. The blur of the strong view has the full kernel of its σ; the release's has 1, 3 or 5 pixels.
    Within an epoch the release shows the same augmented labelled images again and again
    (itertools.cycle keeps the first pass); here each pass is drawn anew.
-7. Padding counts nowhere; in the release that of unlabelled images does.
+7. Padding counts in neither loss; in the release that of unlabelled images does. The teachers run
+   in train mode, as released, but drop nothing; the released network has no dropout.
 8. Learning rates are the released ones of the whole batch: on VOC 0.0025 for each of 4 processes,
    whose gradients are averaged, so 0.01; on Cityscapes 0.0045.
-9. The network is this project's DeepLabv3+, without deep stem and multi-grid, and images are
-   antialiased when they are scaled down.
+9. On Cityscapes the released sliding evaluation has one teacher alone. Its configuration names
+   OHEM, which its code does not use; neither does this. The weight w and the epochs of VOC are
+   those of the augmented splits; the release has w = 0.06 for 92 labels, and 0.6 for 183 to 732.
+10. The network is this project's DeepLabv3+, without deep stem and multi-grid, and images are
+    antialiased when they are scaled down.
 
     python psmt.py                                           # built-in data, a CPU
     python psmt.py --teachers 1
@@ -79,7 +86,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import cli, distributed, runtime
+from common import InputError, cli, distributed, runtime
 from common.adversarial import direction
 from common.augment import IGNORE, colour_jitter_and_blur, normalise
 from common.cutmix import rasterise
@@ -113,7 +120,7 @@ SHAPES = {  # a small network with pretrained weights of its own, for a CPU
     "unsup_weight": 1.5,
     "ramp_epochs": 12.0,
     "warmup_epochs": 5.0,
-    "ema_decay": 0.98,
+    "ema_decay": 0.9,
     "eval_window": 0,
     "eval_iters": 450,
 }
@@ -181,6 +188,7 @@ PRESETS = {
     "folder": FOLDER,
 }
 EPSILON = 2.0  # ε, encoder_decoder.py
+LATER_MEASURES = ("loss_unsup", "confident", "agreement")  # after the warm-up
 KEPT_LOGITS = 7  # of the teacher that is not active, train.py
 
 
@@ -206,7 +214,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.1,
         metavar="ξ",
-        help="step at which T-VAT's gradient is taken (default: 0.1; the release: 1e-6)",
+        help="step at which T-VAT's gradient is taken (default: 0.1; the release: 1e-6, too small "
+        "for float32)",
     )
     group.add_argument(
         "--no-conf-weight",
@@ -253,9 +262,12 @@ class Network(DeepLabV3Plus):
         with self.precision(images):
             low, _, high = self.backbone(images)
             features = self.fuse(low, high)
-            if change is not None:
-                features = features + change(features.detach())
-            return self.decode(features)
+            if change is None:
+                return self.decode(features)
+        # In bfloat16 much of so small a change would be lost in rounding.
+        with torch.autocast(images.device.type, enabled=False):
+            features = features.float()
+            return self.decode(features + change(features.detach()))
 
     def decode(self, features: Tensor) -> Tensor:
         """Logits of the features that the decoder gets."""
@@ -289,6 +301,14 @@ def strict_mean(active: Tensor, other: Tensor, kept: int = KEPT_LOGITS) -> Tenso
     return (active + other) / 2
 
 
+def without_dropout(network: nn.Module) -> None:
+    """Train mode, in which BatchNorm takes the statistics of the batch, but nothing is dropped."""
+    network.train()
+    for module in network.modules():
+        if isinstance(module, nn.Dropout2d):
+            module.eval()
+
+
 def beta_boxes(count: int, size: int, seed: int, iteration: int) -> tuple[Tensor, Tensor]:
     """Step 4: the boxes of this process's images, and the images that they are cut from.
 
@@ -304,7 +324,9 @@ def beta_boxes(count: int, size: int, seed: int, iteration: int) -> tuple[Tensor
     everywhere = np.random.default_rng(derive_seed(seed, iteration, 0xBE7A))
     half = int(size * math.sqrt(1 - everywhere.beta(4, 4))) // 2
     mine = np.random.default_rng(derive_seed(seed, iteration, distributed.rank(), 0xBE7B))
-    centre = mine.integers(size // 8, size, (count, 2))
+    first = count * distributed.rank()
+    centre = everywhere.integers(size // 8, size, (count * distributed.world_size(), 2))
+    centre = centre[first : first + count]
     corners = np.concatenate([centre - half, centre + half], 1).clip(0, size)
     return torch.from_numpy(corners)[:, None], torch.from_numpy(mine.permutation(count))
 
@@ -376,6 +398,8 @@ def label_and_mix(
     size = valid_mask.shape[1:]
 
     # z' = ½·z_1 + ½·z_2, κ and ŷ
+    for teacher in teachers:
+        without_dropout(teacher)
     weak = normalise(batch_u["image"], valid_mask)
     logits = [teacher(weak) for teacher in teachers]
     logits_t = logits[active]
@@ -403,14 +427,15 @@ def warm_up_step(
 ) -> dict[str, Tensor]:
     """Step 1: all networks learn from labelled images; the loss is the sum of theirs.
 
-    The student's alone is `loss_sup`.
+    The student's alone is `loss_sup`; what is measured later is 0.
     """
     valid_mask, target = batch_l["valid_mask"], batch_l["target"]
     weak = normalise(batch_l["image"], valid_mask)
     strong = normalise(batch_l["image_strong"], valid_mask) if args.strong else weak
     loss_sup = labelled_loss(student(strong), target, args.ohem)
     losses = [labelled_loss(teacher(weak), target, args.ohem) for teacher in teachers]
-    return {"loss": loss_sup + sum(losses), "loss_sup": loss_sup}
+    later = dict.fromkeys(LATER_MEASURES, torch.zeros_like(loss_sup))
+    return {"loss": loss_sup + sum(losses), "loss_sup": loss_sup, **later}
 
 
 def train_step(
@@ -485,6 +510,15 @@ def build_networks(run: Run, args: argparse.Namespace) -> tuple[Network, list[Ne
     return student, [run.place(Network.from_settings(own, run.data.num_classes)) for _ in count]
 
 
+def end_warm_up(mean: MeanLogits, optimizer: torch.optim.Optimizer) -> list:
+    """From now on the teachers are averages: no gradients, no momentum; returns an empty list."""
+    mean.requires_grad_(False)
+    for parameter in mean.parameters():
+        parameter.grad = None
+        optimizer.state.pop(parameter, None)
+    return []
+
+
 def validate(
     run: Run, mean: MeanLogits, student: nn.Module
 ) -> tuple[dict[str, Scores], dict[str, float]]:
@@ -508,8 +542,15 @@ def main(args: argparse.Namespace) -> None:
     trained = run.parallel(student)
     epoch_l = len(data.labelled) / (args.batch_size * distributed.world_size())
     warm_up = round(args.warmup_epochs * epoch_l)  # iterations
+    if warm_up >= run.schedule.total and not args.eval_only:
+        raise InputError(
+            f"nothing of {run.schedule.total} iterations is left after a warm-up of {warm_up}; "
+            "lower --warmup-epochs"
+        )
     # Only while they are trained do the teachers' gradients pass between the processes.
     learning = [run.parallel(teacher) for teacher in teachers] if run.start < warm_up else []
+    if not learning:
+        end_warm_up(mean, optimizer)
 
     loaders = (
         run.batches(data.labelled, 0, strong_view),
@@ -524,8 +565,8 @@ def main(args: argparse.Namespace) -> None:
             run.log(measured)
             continue
 
-        mean.requires_grad_(False)
-        learning = []
+        if learning:
+            learning = end_warm_up(mean, optimizer)
         done = iteration - warm_up
         active = done // run.schedule.per_epoch % len(teachers)  # 2.
         weight = args.unsup_weight * cosine_ramp(done / run.schedule.per_epoch, args.ramp_epochs)

@@ -101,13 +101,14 @@ With --ael, as the authors' results on Cityscapes (branch with_AEL of the releas
 treated as `ael.py` does, which explains it: they are pasted into labelled images, boxes of CutMix
 bound their regions, and the loss on unlabelled images is AEL's, once on the labelled images with
 the teacher's labels and once on the mixed ones. Differences of that branch:
-11. It drops the labels with the LOWEST entropy, the most certain ones, from the loss, and with them
-    the anchors: --entropy-as-released. The paper and the main branch drop those with the highest,
-    and so does --ael here.
+11. It drops the α_e percent of the labels with the LOWEST entropy, the most certain ones, and those
+    of its anchors that are among them: --entropy-as-released. The paper and the main branch drop
+    those with the highest, and so does --ael here.
 12. The contrast begins after a tenth of the iterations, and its percentiles stay at α_0 and
-    100 - α_0, as released.
+    100 - α_0, as released. The branch has no warm-up; the presets with --ael keep U2PL's.
 13. Entropy and ranks are those of the teacher on the mixed images, as without --ael; there they are
     mixed from those of the whole images. The teacher labels these in eval mode, as released.
+    Labelled and mixed images go through the networks together, there one after another.
 
     python u2pl.py                                       # built-in data, a CPU, under 2 minutes
     python u2pl.py --ael --data shapes-zipf
@@ -116,6 +117,7 @@ the teacher's labels and once on the mixed ones. Differences of that branch:
 
 import argparse
 import copy
+import os
 from typing import NamedTuple
 
 import torch
@@ -253,13 +255,20 @@ SMALL_AEL = {
     "pool": 256,
 }
 LARGE_AEL = SMALL_AEL | {"paste_scale": "halves:0.1-2", "pool": 64}
-# Released: contra_weight 0.1, and the contrast's gradient is divided by 8 processes (difference 3).
-RELEASED_AEL = LARGE_AEL | {"contrast_weight": 0.0125}
+# The released configuration of Cityscapes, whose 8 processes divide the loss as those of AEL do
+# (see ael.py): an eighth of lr 0.01, eight times the decay of 1e-4. The contrast, of weight 0.1, is
+# divided once more (difference 3).
+RELEASED_AEL = LARGE_AEL | {
+    "lr": 0.00125,
+    "head_lr_mult": 10.0,
+    "weight_decay": 8e-4,
+    "contrast_weight": 0.0125,
+}
 WITH_AEL = {
     "shapes": SHAPES | SMALL_AEL,
     "shapes-zipf": SHAPES | SMALL_AEL,
     "camvid": CAMVID | LARGE_AEL,
-    "voc": VOC | RELEASED_AEL,  # our choice; released for Cityscapes alone
+    "voc": VOC | LARGE_AEL,  # our choice; nothing is released for it
     "cityscapes": CITYSCAPES | RELEASED_AEL,
     "folder": FOLDER | LARGE_AEL,
 }
@@ -394,6 +403,10 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error(f"--alpha0 {args.alpha0}: between 0 and 50")
     if not 0 <= (args.warmup_iters or 0) < (args.max_iters or 10**9):
         parser.error(f"--warmup-iters {args.warmup_iters}: from 0 to below --max-iters")
+    if args.ael and args.pool < args.batch_size * int(os.environ.get("WORLD_SIZE", 1)):
+        parser.error(f"--ael remembers {args.pool} crops: lower -b")
+    if args.ael and args.cutmix_prob != parser.get_default("cutmix_prob"):
+        parser.error("--cutmix-prob goes without --ael, which mixes every image")
     if args.entropy_as_released and not args.ael:
         parser.error("--entropy-as-released goes with --ael")
     if args.contrast_weight < 0:
@@ -916,8 +929,8 @@ def ael_step(
     logits, features, auxiliary = student(images, return_features=True)
     auxiliary_l = None if auxiliary is None else auxiliary[:n]
     loss_sup = supervised_loss(logits[:n], auxiliary_l, target_l, args.ohem, args.aux_weight)
-    rates = sampling_rates(weak.bank, AEL_SAMPLING)
     weak.bank.update(logits[:n].detach(), target_l)
+    rates = sampling_rates(weak.bank, AEL_SAMPLING)
 
     # 3. The teacher on the same; H, and the labels that are certain enough
     with torch.no_grad():

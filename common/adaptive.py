@@ -6,7 +6,7 @@ released code. The released code is that of hzhupku/SemiSeg-AEL.
 
 Random numbers come from the run's seed and the iteration, for the images of all processes, so that
 they do not depend on how many processes there are; only which pixels are kept is drawn on the
-device. `ImagePool` is an exception: each process has a pool of its own.
+device.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from common import InputError, distributed
 from common.augment import IGNORE, normalise
 from common.cutmix import boxes_of_process, half_area_masks, mix, rasterise
 from common.datasets import CITYSCAPES_CLASSES
-from common.distributed import add_up, global_mean
+from common.distributed import add_up, collect, global_mean
 from common.runtime import derive_seed
 from common.source import DataSource
 from kernels import cross_entropy, pseudo_label
@@ -210,7 +210,7 @@ class ImagePool:
     """The last unlabelled crops, and which classes the teacher has seen in each.
 
     The release reads images of the whole data set again, in the middle of a training step. Here the
-    crops of the last iterations stay on the device.
+    crops of the last iterations stay on the device, those of all processes on each of them.
 
     Args:
         capacity: P, crops.
@@ -243,20 +243,37 @@ class ImagePool:
             value.copy_(state[name])
 
     def push(self, images: Tensor, valid_mask: Tensor, has: Tensor) -> None:
-        """Add crops; the oldest make room.
+        """Add crops of every process; the oldest make room.
 
         Args:
-            images: (N,3,H,W), normalised; N is at most P.
+            images: (N,3,H,W), normalised; those of all processes are at most P.
             valid_mask: (N,H,W).
             has: (N,C) bool.
         """
         capacity = len(self.images)
+        images = torch.cat(collect(images.to(self.images.dtype)))
         at = (self.head + torch.arange(len(images), device=self.head.device)) % capacity
-        self.images[at] = images.to(self.images.dtype)
-        self.valid_mask[at] = valid_mask
-        self.has[at] = has
+        self.images[at] = images
+        self.valid_mask[at] = torch.cat(collect(valid_mask))
+        self.has[at] = torch.cat(collect(has))
         self.head.copy_((self.head + len(images)) % capacity)
         self.filled.copy_((self.filled + len(images)).clamp_max(capacity))
+
+    def learn(self, places: Tensor, has: Tensor) -> None:
+        """Take over what the teacher sees now in the crops at some places, of every process.
+
+        Where it sees a class in one of two passes over a crop, the crop has it.
+
+        Args:
+            places: (N,) int64.
+            has: (N,C) bool.
+        """
+        places, has = torch.cat(collect(places)), torch.cat(collect(has))
+        counts = torch.zeros(self.has.shape, device=has.device)
+        counts.index_add_(0, places, has.to(counts.dtype))
+        looked_at = torch.zeros(len(self.has), device=has.device)
+        looked_at[places] = 1.0
+        self.has.copy_(torch.where(looked_at[:, None] > 0, counts > 0, self.has))
 
     def find(self, classes: Tensor, numbers: Tensor) -> Tensor:
         """Places of crops that hold the wanted classes; of any crop where none does.
@@ -272,6 +289,14 @@ class ImagePool:
         fits = self.has[:, classes].T & there  # (N,P)
         fits = torch.where(fits.any(1, keepdim=True), fits, there)
         return numbers.masked_fill(~fits, -1.0).argmax(1)
+
+
+def at_lower_resolution(maps: Tensor, size: torch.Size) -> Tensor:
+    """Maps (N,H,W) at a lower resolution (h,w), by nearest neighbour."""
+    (h, w), (full_h, full_w) = size, maps.shape[1:]
+    rows = torch.arange(h, device=maps.device) * full_h // h
+    columns = torch.arange(w, device=maps.device) * full_w // w
+    return maps[:, rows[:, None], columns]
 
 
 def classes_in(label: Tensor, classes: int, share: float) -> Tensor:
@@ -359,6 +384,20 @@ def teacher_labels(logits: Tensor, valid_mask: Tensor, threshold: float) -> tupl
 
 
 @torch.no_grad()
+def label_whole(
+    teacher: nn.Module, images: Tensor, valid_mask: Tensor, threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ŷ and κ, (N,H,W), and the labels at the resolution of the logits, (N,h,w) uint8.
+
+    The latter are 255 on padding, and there alone.
+    """
+    logits = teacher(images)  # (N,C,h,w)
+    low = logits.argmax(1).to(torch.uint8)
+    low = low.masked_fill(~at_lower_resolution(valid_mask, low.shape[1:]), IGNORE)
+    return *teacher_labels(logits, valid_mask, threshold), low
+
+
+@torch.no_grad()
 def adaptive_cutmix(
     teacher: nn.Module,
     batch_u: dict,
@@ -391,9 +430,8 @@ def adaptive_cutmix(
     valid_2 = torch.where(empty, valid_1.roll(1, 0), pool.valid_mask[places])
 
     # The teacher labels both, whole.
-    logits = teacher(torch.cat([first, second]))  # (2N,C,h,w)
-    low = logits.argmax(1).to(torch.uint8)  # at the resolution of the logits
-    labels, confidence = teacher_labels(logits, torch.cat([valid_1, valid_2]), args.conf_thresh)
+    both = torch.cat([first, second]), torch.cat([valid_1, valid_2])
+    labels, confidence, low = label_whole(teacher, *both, args.conf_thresh)
 
     # M bounds a region of c in ŷ(u2)
     found = torch.zeros((), device=device)
@@ -406,8 +444,8 @@ def adaptive_cutmix(
         mask = half_area_masks(count, size, args.seed, iteration, device)
 
     # The pool learns what the teacher sees in u2, and gets u1.
-    seen = classes_in(low, logits.shape[1], args.listed_share)  # (2N,C)
-    pool.has[places] = torch.where(empty, pool.has[places], seen[count:])
+    seen = classes_in(low, len(bank.confidence), args.listed_share)  # (2N,C)
+    pool.learn(places, torch.where(empty, pool.has[places], seen[count:]))
     pool.push(first, valid_1, seen[:count])
 
     # x_m = M·u2 + (1-M)·u1, and labels, confidences and valid pixels alike
@@ -467,4 +505,4 @@ def adaptive_loss(
     weight = kept * confidence**gamma
     total = cross_entropy(logits, label, ignore_index=IGNORE, pixel_weight=weight, reduction="sum")
     share = add_up(kept.sum()) / add_up(valid_mask.sum()).clamp_min(1)
-    return global_mean(total, weight.sum()), share
+    return global_mean(total, weight.sum(), least=1e-12), share

@@ -57,7 +57,7 @@ def highest(value: float, device: torch.device) -> float:
     return found.item()
 
 
-def global_mean(total: Tensor, count: Tensor) -> Tensor:
+def global_mean(total: Tensor, count: Tensor, least: float = 1.0) -> Tensor:
     """Mean over the pixels of all processes, as the loss of this one; 0 where nothing counts.
 
     With R processes, of which this one is r:
@@ -69,10 +69,11 @@ def global_mean(total: Tensor, count: Tensor) -> Tensor:
 
     Args:
         total: local sum, a scalar with gradient.
-        count: local number of pixels, an integer scalar.
+        count: local number of pixels, a scalar; or the sum of their weights.
+        least: what the count is taken to be at least, so that nothing is divided by 0.
     """
     counted = add_up(count.detach().to(torch.float32))
-    return total * world_size() / counted.clamp_min(1)
+    return total * world_size() / counted.clamp_min(least)
 
 
 def collect(value: Tensor) -> list[Tensor]:

@@ -150,7 +150,11 @@ EXPERIMENTS = {
     "ael-gamma": Experiment(
         "the exponent of the teacher's confidence (published: DRW alone, Cityscapes, 1/16)",
         tuple(
-            Variant(f"γ = {gamma}", f"ael.py --gamma {gamma}", {"1/16": published})
+            Variant(
+                f"γ = {gamma}",
+                f"ael.py --no-acp --no-acm --no-aes --gamma {gamma}",
+                {"1/16": published},
+            )
             for gamma, published in AEL_GAMMAS
         ),
     ),
@@ -168,7 +172,7 @@ EXPERIMENTS = {
         "the step ξ of T-VAT",
         (
             Variant("none", "psmt.py --no-vat"),
-            Variant("ξ = 1e-6 (released)", "psmt.py --xi 1e-6"),
+            Variant("ξ = 1e-6: a random direction", "psmt.py --xi 1e-6"),
             Variant("ξ = 0.1", "psmt.py --xi 0.1"),
             Variant("ξ = 1", "psmt.py --xi 1"),
         ),

@@ -197,10 +197,11 @@ class Report:
         )
         for reason in getattr(args, "reasons", ()):
             self.say(f"chosen: {reason}")
-        first = next(iter(networks.values()))
-        millions = sum(parameter.numel() for parameter in first.parameters()) / 1e6
+        # The mean of several networks counts as these.
+        every = [part for net in networks.values() for part in getattr(net, "members", [net])]
+        millions = sum(parameter.numel() for parameter in every[0].parameters()) / 1e6
         more = {
-            "network": f"{len(networks)} x DeepLabv3+ ({millions:.1f} M parameters)",
+            "network": f"{len(every)} x DeepLabv3+ ({millions:.1f} M parameters)",
             "schedule": f"{self.schedule}, processes {distributed.world_size()}",
         }
         for group, names in settings_by_group(args).items():

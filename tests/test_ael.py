@@ -12,6 +12,7 @@ from common import InputError, datasets
 from common.adaptive import (
     ConfidenceBank,
     ImagePool,
+    adaptive_cutmix,
     adaptive_loss,
     box_mask,
     choose,
@@ -284,6 +285,60 @@ def test_the_mixed_image_is_u2_inside_the_box_and_u1_outside():
         ]
         distances = (place - box).abs().flatten(1).amax(1)
         assert distances.min() < 0.01  # a crop of the pool, at the same place
+
+
+class Encoder(torch.nn.Module):
+    """A teacher whose label is the brightness of a pixel of stride 4, and its confidence, too."""
+
+    def forward(self, images):
+        bright = images[:, 0, ::4, ::4]
+        return torch.stack([torch.zeros_like(bright), bright, -9 + 0 * bright], 1)
+
+
+def test_labels_confidence_and_padding_are_mixed_as_the_images():
+    """The teacher's logits tell which image a pixel is of."""
+    size, count = 32, 4
+    args = ael.parse_args(["--crop-size", "32", "-b", "4", "--device", "cpu"])
+    pool, bank = ImagePool(16, 3, size, CPU), ConfidenceBank(3, 0.9, CPU)
+    valid = torch.ones(count, size, size, dtype=torch.bool)
+    pool.push(torch.full((count, 3, size, size), 5.0), valid, torch.ones(count, 3) > 0)
+    dark = torch.zeros(count, size, size, 3, dtype=torch.uint8)  # below 0 when normalised
+    padded = valid.clone()
+    padded[:, 28:] = False
+    batch = {"image": dark, "valid_mask": padded}
+    images, label, confidence, valid_m, _ = adaptive_cutmix(Encoder(), batch, bank, pool, 3, args)
+    inside = images[:, 0] == 5  # of the pool's crops
+    assert 0.05 < inside.float().mean() < 0.95
+    assert (valid_m == (inside | padded)).all()
+    assert (label[inside] == 1).float().mean() > 0.99
+    assert (label[~inside & padded] == 0).all() and (label[~inside & ~padded] == 255).all()
+    assert confidence[inside].mean() > 0.99 > confidence[~inside & padded].mean()
+
+
+def test_the_teacher_is_the_average():
+    student, teacher = Network(1), Network(2)
+    before = teacher.conv.weight.clone()
+    mean = teacher.norm.running_mean.clone()
+    student.norm.running_mean.fill_(9.0)
+    ael.ema_update(teacher, student, 0.75)
+    torch.testing.assert_close(teacher.conv.weight, 0.75 * before + 0.25 * student.conv.weight)
+    assert torch.equal(teacher.norm.running_mean, mean)  # statistics of its own
+
+
+def test_sampling_and_weights_reach_the_loss(monkeypatch):
+    """The rates are those of the bank after this batch, and γ is the flag's."""
+    given = []
+
+    def noted(*inputs, rates, gamma):
+        given.append((rates, gamma))
+        return adaptive_loss(*inputs, rates=rates, gamma=gamma)
+
+    monkeypatch.setattr(ael, "adaptive_loss", noted)
+    _, _, bank, *_ = some_steps("--gamma", "1.5", count=1)
+    torch.testing.assert_close(given[0][0], sampling_rates(bank, 1.0))
+    assert given[0][1] == given[1][1] == 1.5
+    some_steps("--no-aes", "--no-drw", count=1)
+    assert given[2] == given[3] == (None, 0.0)
 
 
 def test_flags_leave_parts_out():

@@ -10,7 +10,7 @@ from conftest import settings
 from torch import nn
 
 import psmt
-from common import adversarial, datasets
+from common import InputError, adversarial, datasets
 from common.adversarial import direction
 from common.augment import normalise
 from common.data import train_loader
@@ -183,7 +183,7 @@ def one_step(*flags: str, active: int = 0):
     )
     args.conf_thresh = 0.0  # fresh networks are sure of nothing
     measured = psmt.train_step(
-        student, teachers[: args.teachers], active, batch_l, batch_u, 1.0, 5, args
+        student, teachers[: args.teachers], active, batch_l, batch_u, 0.3, 5, args
     )
     measured["loss"].backward()
     return student, teachers, measured, args
@@ -196,6 +196,55 @@ def test_the_student_learns_and_the_teachers_do_not():
     assert all(part.grad is None for teacher in teachers for part in teacher.parameters())
     assert measured["loss_sup"].item() == pytest.approx(math.log(12), abs=0.5)
     assert measured["confident"].item() == 1 and 0 <= measured["agreement"].item() <= 1
+    total = measured["loss_sup"] + 0.3 * measured["loss_unsup"]  # w(t) of `one_step`
+    torch.testing.assert_close(measured["loss"], total)
+
+
+def test_the_active_teacher_decides_what_is_not_among_the_highest():
+    first, second = (one_step(active=active)[2]["loss_unsup"].item() for active in (0, 1))
+    assert first != second
+
+
+class Encoder(nn.Module):
+    """A teacher whose label is the brightness of a pixel of stride 4, and its confidence, too."""
+
+    def forward(self, images):
+        bright = images[:, 0, ::4, ::4]
+        return torch.stack([torch.zeros_like(bright), bright, -9 + 0 * bright], 1)
+
+
+def test_labels_confidence_and_padding_are_mixed_as_the_images():
+    """Half of the images are dark, and the teacher's labels tell which."""
+    args = psmt.parse_args(["--crop-size", "32", "-b", "4", "--device", "cpu", "--no-strong"])
+    pixels = torch.zeros(8, 32, 32, 3, dtype=torch.uint8)
+    pixels[4:] = 255
+    valid = torch.ones(8, 32, 32, dtype=torch.bool)
+    valid[:4, 28:] = False
+    batch = {"image": pixels, "image_strong": pixels, "valid_mask": valid}
+    for iteration in range(8):
+        images, label, confidence, valid_m, _ = psmt.label_and_mix(
+            [Encoder(), Encoder()], 0, batch, iteration, args
+        )
+        bright = images[:, 0] > 1
+        assert (label[bright] == 1).float().mean() > 0.95
+        dark = ~bright & valid_m
+        assert (label[dark] == 0).float().mean() > 0.95
+        assert not valid_m[:4][images[:4, 0] == 0].any()  # padding of dark images
+        assert confidence[bright].mean() > confidence[dark].mean()
+
+
+def test_teachers_label_without_dropout():
+    network = psmt.Network("tiny", 5, output_stride=8, dropout=0.5)
+    psmt.without_dropout(network.eval())
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(network(images), network(images))  # nothing is drawn
+    assert network.decoder.training and not network.aspp.project[1].training
+
+
+def test_a_warm_up_must_leave_something(begin, monkeypatch):
+    with pytest.raises(InputError, match="nothing of 8 iterations is left after a warm-up of 16"):
+        trained_run(begin, monkeypatch, "--warmup-epochs", "2")
 
 
 def test_flags_change_what_they_name():

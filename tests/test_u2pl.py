@@ -437,7 +437,6 @@ def test_the_direction_of_the_entropy_changes_the_loss():
         parts, weak, batches = with_ael("--no-contrast", *flags)
         torch.manual_seed(1)
         losses.append(ael_step(parts, weak, batches, 100)["loss_unsup"].item())
-    # Certain labels dropped, uncertain ones learnt: a larger loss.
     assert losses[0] != losses[1]
 
 
