@@ -131,6 +131,7 @@ from common.adaptive import (
     adaptive_cutmix,
     adaptive_loss,
     copy_paste_step,
+    nearest,
     pasted_classes,
     sampling_rates,
     teacher_labels,
@@ -622,14 +623,6 @@ def unsup_loss(
     # L_u = mean of CE(p_u, ŷ_u) / kept
     total = cross_entropy(logits, reliable, ignore_index=IGNORE, reduction="sum")
     return global_mean(total, count) / kept.clamp_min(1e-6), kept
-
-
-def nearest(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps (N,H,W) at a lower resolution, (N,h,w), by nearest neighbour."""
-    (h, w), (full_h, full_w) = size, maps.shape[1:]
-    rows = torch.arange(h, device=maps.device) * full_h // h
-    columns = torch.arange(w, device=maps.device) * full_w // w
-    return maps[:, rows[:, None], columns]
 
 
 def pixel_roles(

@@ -291,7 +291,7 @@ class ImagePool:
         return numbers.masked_fill(~fits, -1.0).argmax(1)
 
 
-def at_lower_resolution(maps: Tensor, size: torch.Size) -> Tensor:
+def nearest(maps: Tensor, size: torch.Size) -> Tensor:
     """Maps (N,H,W) at a lower resolution (h,w), by nearest neighbour."""
     (h, w), (full_h, full_w) = size, maps.shape[1:]
     rows = torch.arange(h, device=maps.device) * full_h // h
@@ -393,7 +393,7 @@ def label_whole(
     """
     logits = teacher(images)  # (N,C,h,w)
     low = logits.argmax(1).to(torch.uint8)
-    low = low.masked_fill(~at_lower_resolution(valid_mask, low.shape[1:]), IGNORE)
+    low = low.masked_fill(~nearest(valid_mask, low.shape[1:]), IGNORE)
     return *teacher_labels(logits, valid_mask, threshold), low
 
 
