@@ -10,6 +10,7 @@ reliable_pixels.png  U2PL: entropy, what is left out, anchors, banks
 import argparse
 import csv
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from common import checkpoint, distributed
 from common.augment import normalise
 from common.data import EvalSet
 from common.evaluate import device_of, evaluating, predict
+from common.images import DEEP_GREY
 from common.source import DataSource, Item, spread
 from kernels import pseudo_label, set_backend
 
@@ -413,7 +415,11 @@ def side_by_side(runs: dict[str, Path], path: Path, count: int = 5, side: float 
     cuda = settings.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     set_backend("torch" if settings.kernels == "torch" else "auto")
-    data = datasets.load(settings)
+    data = replace(
+        datasets.load(settings),
+        long_side=getattr(settings, "long_side", None),
+        grey_range=first.get("grey_range", DEEP_GREY),
+    )
     samples = some_images(data, data.val, count)
     columns = {
         "input": [sample["image"].numpy() for sample in samples],

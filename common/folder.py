@@ -172,9 +172,12 @@ def masks_of(images: dict[str, Path], folder: Path, val: str = "") -> dict[str, 
         folder: of the masks.
         val: a subfolder to leave out.
     """
+    masks = masks_in(folder)
+    if val:
+        masks = without(masks, val)
     found: dict[str, Path] = {}
     strangers = []
-    for mask, path in (without(masks_in(folder), val) if val else masks_in(folder)).items():
+    for mask, path in masks.items():
         names = [mask, *(mask.removesuffix(end) for end in ENDINGS if mask.endswith(end))]
         name = next((name for name in names if name in images), None)
         if name is None:

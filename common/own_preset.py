@@ -17,8 +17,8 @@ from common.source import images_in, spread
 
 MEASURED = 1000  # images whose headers are read, spread evenly; 0.1 s
 
-# The small network on a CPU trains at some 2 to 10 images a second and method; a run of these
-# lengths takes minutes to an hour.
+# On 468 images of 480x360 pixels, which gives 1170 iterations, `supervised.py` took 6 minutes and
+# `cps.py` 19, one thread each, on two busy cores.
 SMALL = {"long_side": 512, "crop": 192, "epochs": 20, "least": 1000, "most": 4000, "evaluations": 4}
 # On a GPU: the crop of VOC, and lengths between a tenth of its schedule and the whole of it.
 LARGE = {

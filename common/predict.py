@@ -17,7 +17,7 @@ subfolders of the same names. A file that was predicted before by the same check
 same flags is skipped, so that a stopped call goes on where it was.
 
 The means in predictions.csv are taken at the resolution of the network's logits, a quarter of the
-image's: at full resolution they would take longer than all the rest but the network.
+image's: at full resolution they would take almost as long again as the labels.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -469,14 +470,17 @@ def overlay(
 def write_all(batches: Iterator[Batch], output: Output, bar: tqdm) -> list[str]:
     """Write all predictions on threads of their own, and return what could not be predicted."""
     failed = []
-    waiting: list[tuple[Future, dict, Predictions, int]] = []
+    waiting: deque[tuple[Future, dict, Predictions, int]] = deque()
+    pixels = 0  # of the images that wait
 
     def settle(limit: int) -> None:
-        """Wait until at most `limit` pixels are left to be written."""
-        while sum(found.label[0].numel() for *_, found, _ in waiting) > limit:
-            future, *line = waiting.pop(0)
+        """Enter what is written, and wait until at most `limit` pixels are left to be."""
+        nonlocal pixels
+        while waiting and (pixels > limit or waiting[0][0].done()):
+            future, sample, found, index = waiting.popleft()
             future.result()
-            output.add(*line)
+            output.add(sample, found, index)
+            pixels -= found.label[index].numel()
             bar.update()
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -489,6 +493,7 @@ def write_all(batches: Iterator[Batch], output: Output, bar: tqdm) -> list[str]:
                 entropy = found.entropy[index] if found.entropy is not None else None
                 job = sample["name"], images[index], found.label[index], entropy
                 waiting.append((pool.submit(output.write, *job), sample, found, index))
+                pixels += found.label[index].numel()
             settle(WAITING_PIXELS)
         settle(0)
     return failed

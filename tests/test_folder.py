@@ -9,12 +9,13 @@ from PIL import Image
 import cps
 import supervised
 import u2pl
-from common import InputError, check, datasets
+from common import InputError, check, datasets, figures
 from common.augment import ScaleFrom, WeakAugment
 from common.data import EvalSet, Key, TrainSet, equal_size_loader, load_data
+from common.deeplabv3plus import DeepLabV3Plus
 from common.folder import parse_line
 from common.images import Shrunk, open_image, open_mask, working_size
-from common.run import Run
+from common.run import Run, sgd
 
 
 def own(root, **changes):
@@ -454,6 +455,23 @@ def test_large_images_are_shrunk_with_their_masks(flat):
     assert [batch["image"].shape[0] for batch in batches] == [4]
     sample = TrainSet(data, data.labelled, WeakAugment(32, ScaleFrom((1.0,))), 0, 0)[Key(0, 0, 0)]
     assert sample["image"].shape == (32, 32, 3) and sample["valid_mask"].all()
+
+
+def test_a_comparison_shows_images_as_the_runs_have_seen_them(flat, begin, monkeypatch):
+    """Found wrong once: networks of small images were shown large ones."""
+    for path in (flat / "images").iterdir():
+        write_picture(path, (640, 480))
+    for path in (flat / "masks").iterdir():
+        write_mask(path, 3, (640, 480))
+    flags = ("--data-dir", str(flat), "--long-side", "64", "--crop-size", "32", "--max-iters", "1")
+    run = begin(supervised, "--data", "folder", *flags)
+    network = run.place(DeepLabV3Plus.from_settings(run.args, 3))
+    run.keep(result="model", model=network, optimizer=sgd([network], run.args))
+    run.save()
+    shown = []
+    monkeypatch.setattr(figures, "grid", lambda columns, *_: shown.append(columns))
+    figures.side_by_side({"SupOnly": run.book.folder}, flat / "figure.png")
+    assert {image.shape for images in shown[0].values() for image in images} == {(48, 64, 3)}
 
 
 def test_a_shrunk_mask_has_the_label_under_the_centre_of_each_pixel(tmp_path):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -201,6 +202,24 @@ def test_an_image_too_large_for_the_memory_is_named(trained, images, tmp_path, m
     with pytest.raises(InputError, match=message):
         call(trained, images, "--output", tmp_path / "out")
     assert list(rows(tmp_path / "out")) == ["deep/two.v1"]
+
+
+def test_what_is_written_is_entered_before_the_end(trained, tmp_path, monkeypatch):
+    """Else a call that is stopped would begin anew, and the bar stand still."""
+    for index in range(40):
+        write_picture(tmp_path / "many" / f"p{index}.png", (16, 16), seed=index)
+    entered = []
+    original = predict.predict_all
+
+    def watched(*inputs):
+        for batch in original(*inputs):
+            yield batch
+            time.sleep(0.2)  # the threads have written meanwhile
+            entered.append(len(rows(tmp_path / "out")))
+
+    monkeypatch.setattr(predict, "predict_all", watched)
+    call(trained, tmp_path / "many", "--output", tmp_path / "out")
+    assert entered[-2] > 0 and len(rows(tmp_path / "out")) == 40
 
 
 def refuse_batches(monkeypatch, module) -> None:
