@@ -89,7 +89,7 @@ from torch import Tensor, nn
 from common import InputError, cli, distributed, runtime
 from common.adversarial import direction
 from common.augment import IGNORE, colour_jitter_and_blur, normalise
-from common.cutmix import rasterise
+from common.cutmix import mix, rasterise
 from common.deeplabv3plus import DeepLabV3Plus, MeanLogits
 from common.distributed import add_up, global_mean
 from common.evaluate import Scores, evaluate
@@ -414,12 +414,8 @@ def label_and_mix(
     mask = rasterise(boxes.to(weak.device, non_blocking=True), size[0])
     order = order.to(weak.device, non_blocking=True)
 
-    def mixed(whole: Tensor) -> Tensor:
-        inside = mask if whole.ndim == 3 else mask[:, None]
-        return torch.where(inside, whole[order], whole)
-
     parts = seen, found.label, found.confidence, valid_mask
-    return *(mixed(part) for part in parts), agreement
+    return *(mix(mask, part[order], part) for part in parts), agreement
 
 
 def warm_up_step(
