@@ -265,9 +265,17 @@ def table(experiment: Experiment, rows: list[Row], args: argparse.Namespace) -> 
         cells.append(minutes(statistics.mean(result.seconds for result in row.results)))
         cells.append(f"{max(result.memory for result in row.results)} MiB")
         cells += [last_value(row.folders, experiment.curve)] if experiment.curve else []
-        cells.append("-" if row.published is None else f"{row.published:.2f}")
+        cells.append(published(row))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *differences(rows), *conditions(rows)])
+
+
+def published(row: Row) -> str:
+    """The paper's figure, and where it is from if the experiment's title does not say it."""
+    if row.published is None:
+        return "-"
+    source = row.variant.source
+    return f"{row.published:.2f}" + (f" ({source})" if source else "")
 
 
 def last_value(folders: list[Path], measure: str) -> str:
@@ -280,14 +288,18 @@ def last_value(folders: list[Path], measure: str) -> str:
 
 
 def differences(rows: list[Row]) -> list[str]:
-    """Each row against the first one of its split, seed by seed; beside it what is published."""
+    """Each row against the first one of its split, seed by seed.
+
+    Beside it stands what is published, where both figures are of one table.
+    """
     lines = []
     for row in rows:
         first = next(other for other in rows if other.split == row.split)
         if row is first:
             continue
         line = f"- {row.variant.label} against {first.variant.label} at {row.split}: "
-        if row.published is not None and first.published is not None:
+        known = row.published is not None and first.published is not None
+        if known and row.variant.source == first.variant.source:
             line += f"published {row.published - first.published:+.2f}, "
         paired = [ours.last - theirs.last for ours, theirs in zip(row.results, first.results)]
         lines.append(line + f"here {mean_with_error(paired)}")

@@ -185,6 +185,10 @@ def test_the_table_gives_paired_differences_with_their_errors():
         "- unpublished against first at 1/8: "
         "here -70.00, standard error 0.58, 95 % interval -72.48 to -67.52",
     ]
+    elsewhere = rows[1]._replace(variant=rows[1].variant._replace(source="its release"))
+    assert "published" not in compare.differences([rows[0], elsewhere])[0]
+    assert compare.published(elsewhere) == "77.00 (its release)"
+    assert [compare.published(line) for line in rows[2:]] == ["74.00", "-"]
     single = [row("a", [70.0], None), row("b", [71.0], None)]
     assert compare.differences(single) == ["- b against a at 1/8: here +1.00, one seed"]
 

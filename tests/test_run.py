@@ -5,16 +5,21 @@ import functools
 import math
 import warnings
 from types import ModuleType
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import nn
 
+import ael
 import cps
 import mean_teacher
+import psmt
 import unimatch
 from common import runtime
+from common.adaptive import ConfidenceBank, ImagePool, pasted_classes
+from common.augment import normalise
 from common.deeplabv3plus import DeepLabV3Plus
 from common.distributed import add_up, world_size
 from common.evaluate import evaluate
@@ -52,13 +57,9 @@ def test_a_first_step_that_fp16_leaves_out_counts_and_does_not_warn(begin):
 # ----------------------------------------------------------------------------------- two processes
 
 
-def first_batches(run: Run, rank: int, streams: tuple[int, ...], strong=None) -> list[dict]:
-    """The first batch of each stream; the processes have different numbers of valid pixels."""
-    items = (run.data.labelled, run.data.unlabelled, run.data.unlabelled)
-    batches = [
-        next(iter(run.batches(items[stream], stream, strong if stream else None)))
-        for stream in streams
-    ]
+def first_batches(rank: int, *loaders) -> list[dict]:
+    """The first batch of each loader; the processes have different numbers of labelled pixels."""
+    batches = [next(iter(loader)) for loader in loaders]
     if rank == 0:
         batches[0]["target"][0, :20] = 255
     return batches
@@ -71,7 +72,12 @@ def cps_step(run: Run, rank: int) -> tuple[dict, dict]:
         name: run.place(DeepLabV3Plus.from_settings(args, data.num_classes)) for name in ("1", "2")
     }
     trained = [run.parallel(network) for network in networks.values()]
-    batch_l, *batches_u = first_batches(run, rank, (0, 1, 2) if args.cutmix else (0, 1))
+    streams = (1, 2) if args.cutmix else (1,)
+    batch_l, *batches_u = first_batches(
+        rank,
+        run.batches(data.labelled, 0),
+        *(run.batches(data.unlabelled, stream) for stream in streams),
+    )
     measured = cps.train_step(*trained, batch_l, batches_u, 0, args, data.background)
     run.step(measured["loss"], sgd([*networks.values()], args))
     return networks, measured
@@ -82,7 +88,12 @@ def unimatch_step(run: Run, rank: int) -> tuple[dict, dict]:
     network = run.place(unimatch.Network.from_settings(run.args, run.data.num_classes))
     trained = run.parallel(network)
     strong = functools.partial(unimatch.add_strong_views, views=run.args.views)
-    batches = first_batches(run, rank, (0, 1, 2), strong)
+    batches = first_batches(
+        rank,
+        run.batches(run.data.labelled, 0),
+        run.batches(run.data.unlabelled, 1, strong),
+        run.batches(run.data.unlabelled, 2, strong),
+    )
     measured = unimatch.train_step(trained, *batches, 0, run.args)
     run.step(measured["loss"], sgd([network], run.args))
     return {"1": network}, measured
@@ -94,10 +105,67 @@ def classmix_step(run: Run, rank: int) -> tuple[dict, dict]:
     student = run.place(DeepLabV3Plus.from_settings(args, run.data.num_classes))
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
     trained = run.parallel(student)
-    batch_l, *batches_u = first_batches(run, rank, (0, 1))
+    batch_l, *batches_u = first_batches(
+        rank, run.batches(run.data.labelled, 0), run.batches(run.data.unlabelled, 1)
+    )
     measured = mean_teacher.classmix_step(trained, teacher, batch_l, batches_u, 1.0, 0, args)
     run.step(measured["loss"], sgd([student], args))
     return {"1": student}, measured
+
+
+def ael_step(run: Run, rank: int) -> tuple[dict, dict]:
+    """Student and measures of a step of AEL, with a pool from which each image gets its partner."""
+    args, data = run.args, run.data
+    student = run.place(ael.Network(args, data.num_classes))
+    teacher = copy.deepcopy(student).requires_grad_(False).train()
+    trained = run.parallel(student)
+    *batches, earlier = first_batches(
+        rank,
+        run.batches(data.labelled, 0),
+        run.batches(data.labelled, 1, scale=args.paste_scale),
+        run.batches(data.unlabelled, 2),
+        run.batches(data.unlabelled, 3),
+    )
+    bank = ConfidenceBank(data.num_classes, args.bank_momentum, run.device)
+    bank.confidence.fill_(0.5)
+    pool = ImagePool(args.pool, data.num_classes, args.crop_size, run.device)
+    has = torch.ones(len(earlier["image"]), data.num_classes, dtype=torch.bool)
+    pool.push(normalise(earlier["image"], earlier["valid_mask"]), earlier["valid_mask"], has)
+
+    allowed = torch.tensor(pasted_classes(args, data))
+    measured = ael.train_step(trained, teacher, bank, pool, allowed, batches, 11, args)
+    run.step(measured["loss"], sgd([student], args))
+    return {"1": student}, measured | {"pool": pool.images.float().std()}
+
+
+def psmt_step(run: Run, rank: int) -> tuple[dict, dict]:
+    """Student and measures of a step of PS-MT.
+
+    Each process mixes its own images, and T-VAT starts from random numbers: here neighbours are
+    mixed, and it starts from the features.
+    """
+    args, data = run.args, run.data
+    student, teachers = psmt.build_networks(run, args)
+    trained = run.parallel(student)
+    for teacher in teachers:
+        teacher.requires_grad_(False)
+    batches = first_batches(
+        rank,
+        run.batches(data.labelled, 0, psmt.strong_view),
+        run.batches(data.unlabelled, 1, psmt.strong_view),
+    )
+    boxes = psmt.beta_boxes
+
+    def with_neighbour(count: int, *rest) -> tuple:
+        return boxes(count, *rest)[0], torch.arange(count) ^ 1
+
+    with (
+        patch.object(psmt, "beta_boxes", with_neighbour),
+        patch.object(torch, "rand_like", torch.sin),
+    ):
+        measured = psmt.train_step(trained, teachers, 1, *batches, 1.0, 7, args)
+    run.step(measured["loss"], sgd([student], args))
+    return {"1": student, "teacher": teachers[0]}, measured
 
 
 SURE_OF_LITTLE = ["--conf-thresh", "0.1"]  # as an untrained network is
@@ -107,6 +175,9 @@ STEPS = {  # name -> script, flags, step
     "CPC": (cps, ["--soft"], cps_step),
     "UniMatch": (unimatch, [*SURE_OF_LITTLE, "--feature-dropout", "0"], unimatch_step),
     "ClassMix": (mean_teacher, [*SURE_OF_LITTLE, "--classmix", "labelled"], classmix_step),
+    # Which pixels AES keeps is drawn in each process.
+    "AEL": (ael, [*SURE_OF_LITTLE, "--no-aes", "--copy-classes", "30"], ael_step),
+    "PS-MT": (psmt, SURE_OF_LITTLE, psmt_step),
 }
 
 
@@ -117,7 +188,8 @@ def one_step(folder, rank: int, name: str, batch: int) -> dict:
     networks, measured = step(run, rank)
     gradients, statistics = {}, {}
     for key, network in networks.items():
-        gradients |= {f"{key}.{part}": p.grad.clone() for part, p in network.named_parameters()}
+        learnt = {part: p for part, p in network.named_parameters() if p.requires_grad}
+        gradients |= {f"{key}.{part}": p.grad.clone() for part, p in learnt.items()}
         statistics |= {f"{key}.{part}": value.clone() for part, value in network.named_buffers()}
     data, args = run.data, run.args
     return {
