@@ -9,15 +9,14 @@ output stride, crop, batch (a process), iterations of each trained network and e
 scale and OHEM stay each method's own. What is printed is also left in OUT, in files that are named
 by experiment (or methods) and split:
 
-    NAME.md, .csv           mIoU of the last evaluation: every seed, mean and standard deviation;
-                            best in brackets; time; memory
+    NAME.csv                every run: mIoU of the last and of the best evaluation; time; memory
+    NAME.md                 the table: mean and standard deviation, and each seed
     NAME.png                bars with the standard deviation
-    NAME-curve.png          a measure over the iterations, for the experiments that are about one
+    NAME-curve.csv, .png    a measure over the iterations, for the experiments that are about one
     NAME-predictions.png    image by image: input, target, prediction of each method (first seed)
 
-Under the table each method is compared with the first one, seed by seed: the mean of the
-differences, its standard error, and the interval that holds the true mean in 95 % of such
-comparisons, if the differences are normally distributed (Student's t).
+Under the table each method is compared with the first one, seed by seed (`common.tables`, which
+makes tables from the csv again).
 
 Flags after `--` go to every script, here those of another folder and of mixed precision:
 
@@ -28,21 +27,21 @@ import argparse
 import csv
 import importlib
 import json
-import math
 import re
 import shlex
 import signal
 import statistics
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
-from scipy.stats import t as student
-
-from common import InputError, checkpoint, cli
+from common import InputError, checkpoint, cli, tables
 from common.datasets import DATASETS
 from common.experiments import EXPERIMENTS, METHODS, Experiment, Variant
+from common.tables import Comparison, Result, Row, minutes
 
 # What all methods share: CPS's preset for the data set.
 RESNET = {"backbone": "resnet50", "output_stride": 16, "batch_size": 8, "eval_window": 0}
@@ -65,28 +64,12 @@ SHARED_FLAGS = (
     "backbone", "output_stride", "crop_size", "batch_size", "max_iters", "eval_window",
 )  # fmt: skip
 LAST_LINE = re.compile(r"^miou_last=([\d.]+) miou_best=([\d.]+)$")
+_under_way: list[subprocess.Popen] = []
+_stopping = threading.Event()
 
 
-class Result(NamedTuple):
-    """One finished run.
-
-    Attributes:
-        last: mIoU of the last evaluation in percent.
-        best: mIoU of the best evaluation in percent.
-        seconds: of training and evaluating all its networks.
-        memory: MiB at the peak.
-        rarest: mIoU of the rarer half of the classes at the end; None where there are few classes.
-    """
-
-    last: float
-    best: float
-    seconds: float
-    memory: int
-    rarest: float | None = None
-
-
-class Row(NamedTuple):
-    """One line of a table."""
+class Runs(NamedTuple):
+    """The runs of one line of a table, a folder and a result for each seed."""
 
     variant: Variant
     split: str
@@ -94,27 +77,12 @@ class Row(NamedTuple):
     results: list[Result]
 
     @property
-    def mean(self) -> float:
-        return statistics.mean(result.last for result in self.results)
-
-    @property
-    def spread(self) -> float:
-        """Standard deviation over the seeds; NaN for a single one."""
-        return (
-            statistics.stdev(result.last for result in self.results)
-            if len(self.results) > 1
-            else math.nan
-        )
-
-    @property
-    def rarest(self) -> float | None:
-        """Mean over the seeds of the mIoU of the rarer half of the classes."""
-        found = [result.rarest for result in self.results]
-        return None if None in found else statistics.mean(found)
-
-    @property
-    def published(self) -> float | None:
-        return (self.variant.published or {}).get(self.split)
+    def row(self) -> Row:
+        """What is told about them."""
+        variant = self.variant
+        published = (variant.published or {}).get(self.split)
+        source = variant.source
+        return Row(variant.label, variant.command, self.split, self.results, published, source)
 
 
 def run_folder(out: Path, variant: Variant, split: str, seed: int) -> Path:
@@ -132,10 +100,11 @@ def parts(folder: Path) -> list[Path]:
     return [folder, *sorted(folder.glob("stage-*"))]
 
 
-def read_result(folder: Path) -> Result | None:
+def read_result(folder: Path, seed: int, measure: str = "") -> Result | None:
     """The result of a run, or None if it is not finished.
 
-    Seconds of the stages of ST and ST++ are added up.
+    Seconds of the stages of ST and ST++ are added up. `measure` is a column of metrics.csv, of
+    which the last value is wanted, too.
     """
     log = folder / "log.txt"
     found = (
@@ -145,15 +114,23 @@ def read_result(folder: Path) -> Result | None:
     )
     if not found:
         return None
-    seconds, memory, rarest = 0.0, 0, None
+    seconds, memory = 0.0, 0
     for part in parts(folder):
         with open(part / "metrics.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         seconds += float(rows[-1]["seconds"])
         memory = max(memory, *(int(row["peak_memory_mb"] or 0) for row in rows))
-        if part == folder and rows[-1].get("miou_rarest"):
-            rarest = round(100 * float(rows[-1]["miou_rarest"]), 2)
-    return Result(float(found[1]), float(found[2]), seconds, memory, rarest)
+        if part == folder:
+            own = rows
+    rarest = last_value(own, "miou_rarest")
+    at_end = last_value(own, measure) if measure else None
+    return Result(seed, float(found[1]), float(found[2]), seconds, memory, rarest, at_end)
+
+
+def last_value(rows: list[dict[str, str]], measure: str) -> float | None:
+    """The last value of a column of metrics.csv in percent; None where there is none."""
+    values = [float(row[measure]) for row in rows if row.get(measure)]
+    return round(100 * values[-1], 2) if values else None
 
 
 def settings(script: str, flags: list[str]) -> argparse.Namespace:
@@ -191,9 +168,11 @@ def command_line(
 
 
 def run(
-    variant: Variant, split: str, seed: int, args: argparse.Namespace, number: str
+    variant: Variant, split: str, seed: int, args: argparse.Namespace, number: str, measure: str
 ) -> tuple[Path, Result]:
-    """One run: reused, resumed or started; `number` is printed before its command.
+    """One run: reused, resumed or started.
+
+    `number` is printed before its command; `measure` goes to `read_result`.
 
     Raises:
         InputError: the run failed, or the folder holds another one.
@@ -205,12 +184,12 @@ def run(
     started = any(map(checkpoint.occupied, parts(folder)))
     if started:
         check_settings(folder, script, flags)
-    result = read_result(folder)
+    result = read_result(folder, seed, measure)
     if result is None:
         print(f"{place}: {'resumed' if started else 'started'}", flush=True)
         flags = [f"--resume={folder}", *args.rest] if started else flags
         code = call([*shlex.split(args.launcher), script, *flags])
-        result = read_result(folder)
+        result = read_result(folder, seed, measure)
         if code or result is None:
             again = "" if code == 2 else "; start this again to go on"
             raise InputError(f"{script} ended with exit code {code}, its message is above{again}")
@@ -219,111 +198,28 @@ def run(
 
 
 def call(command: list[str]) -> int:
-    """Run a command, its output in the run's log.txt alone.
-
-    What stops this process stops the command, too, with time to save.
-    """
+    """Run a command, its output in the run's log.txt alone; returns its exit code."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
+    _under_way.append(process)
+    if _stopping.is_set():  # after `stop_all` has looked for the last time
         process.terminate()
+    return process.wait()
+
+
+def stop_all() -> None:
+    """Stop the runs that are under way, with time to save."""
+    _stopping.set()
+    for process in _under_way:
+        if process.poll() is None:
+            process.terminate()
+    for process in _under_way:
         process.wait()
-        raise
-
-
-def minutes(seconds: float) -> str:
-    """1234.5 -> "20.6 min"."""
-    return f"{seconds / 60:.1f} min"
 
 
 # ------------------------------------------------------------------------------------------ reports
 
 
-def table(experiment: Experiment, rows: list[Row], args: argparse.Namespace) -> str:
-    """The results in Markdown, with the command that makes them."""
-    splits = len({row.split for row in rows}) > 1
-    seeds = [f"seed {seed}" for seed in range(args.seeds)]
-    last = [f"{experiment.curve} at the end"] if experiment.curve else []
-    rarest = ["rarest"] if all(row.rarest is not None for row in rows) else []
-    head = ["method", *(["split"] if splits else []), *seeds, "mean", "sd", *rarest]
-    head += ["time", "memory", *last, "published"]
-    shares = ", ".join(dict.fromkeys(row.split for row in rows))
-    lines = [
-        f"{experiment.title}; {args.data}, {shares} labelled, {args.seeds} seeds, "
-        "mIoU last (best) in percent:",
-        "",
-        f"    {args.command}",
-        "",
-    ]
-    lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for row in rows:
-        cells = [row.variant.label, *([row.split] if splits else [])]
-        cells += [f"{result.last:.2f} ({result.best:.2f})" for result in row.results]
-        cells += [f"{row.mean:.2f}", "-" if math.isnan(row.spread) else f"{row.spread:.2f}"]
-        cells += [f"{row.rarest:.2f}"] if rarest else []
-        cells.append(minutes(statistics.mean(result.seconds for result in row.results)))
-        cells.append(f"{max(result.memory for result in row.results)} MiB")
-        cells += [last_value(row.folders, experiment.curve)] if experiment.curve else []
-        cells.append(published(row))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *differences(rows), *conditions(rows)])
-
-
-def published(row: Row) -> str:
-    """The paper's figure, and where it is from if the experiment's title does not say it."""
-    if row.published is None:
-        return "-"
-    source = row.variant.source
-    return f"{row.published:.2f}" + (f" ({source})" if source else "")
-
-
-def last_value(folders: list[Path], measure: str) -> str:
-    """The last value of a column of metrics.csv in percent, mean over runs."""
-    found = []
-    for folder in folders:
-        with open(folder / "metrics.csv", newline="") as file:
-            found.append([float(row[measure]) for row in csv.DictReader(file) if row[measure]][-1])
-    return f"{100 * statistics.mean(found):.2f}"
-
-
-def differences(rows: list[Row]) -> list[str]:
-    """Each row against the first one of its split, seed by seed.
-
-    Beside it stands what is published, where both figures are of one table.
-    """
-    lines = []
-    for row in rows:
-        first = next(other for other in rows if other.split == row.split)
-        if row is first:
-            continue
-        line = f"- {row.variant.label} against {first.variant.label} at {row.split}: "
-        known = row.published is not None and first.published is not None
-        if known and row.variant.source == first.variant.source:
-            line += f"published {row.published - first.published:+.2f}, "
-        paired = [ours.last - theirs.last for ours, theirs in zip(row.results, first.results)]
-        lines.append(line + f"here {mean_with_error(paired)}")
-    return lines
-
-
-def mean_with_error(values: list[float]) -> str:
-    """Mean of `values`, its standard error, and its 95 % interval by Student's t.
-
-    With n values of standard deviation s the standard error is s/√n, and the interval reaches
-    t(0.975; n-1) standard errors to both sides.
-    """
-    mean, count = statistics.mean(values), len(values)
-    if count == 1:
-        return f"{mean:+.2f}, one seed"
-    error = statistics.stdev(values) / math.sqrt(count)
-    reach = student.ppf(0.975, count - 1) * error
-    return (
-        f"{mean:+.2f}, standard error {error:.2f}, "
-        f"95 % interval {mean - reach:+.2f} to {mean + reach:+.2f}"
-    )
-
-
-def conditions(rows: list[Row]) -> list[str]:
+def conditions(compared: list[Runs]) -> list[str]:
     """Notes on what else differs between the runs, reused ones mostly.
 
     Raises:
@@ -331,9 +227,9 @@ def conditions(rows: list[Row]) -> list[str]:
             runs. The seed may decide it, since it decides what is held out for validation.
     """
     found = [
-        (row.split, folder, checkpoint.read_description(folder))
-        for row in rows
-        for folder in row.folders
+        (runs.split, folder, checkpoint.read_description(folder))
+        for runs in compared
+        for folder in runs.folders
     ]
     lists: dict[tuple[str, int], tuple[str, Path]] = {}
     for split, folder, description in found:
@@ -347,48 +243,54 @@ def conditions(rows: list[Row]) -> list[str]:
     for key in ("git_commit", "processes", "threads", "hardware", "versions"):
         values = {json.dumps(description[key]) for *_, description in found}
         if len(values) > 1:
-            notes.append(f"- not alike in all runs: {key} ({'; '.join(sorted(values))})")
+            notes.append(f"not alike in all runs: {key} ({'; '.join(sorted(values))})")
     return notes
 
 
+def mean_curve(folders: list[Path], measure: str) -> dict[int, float]:
+    """A column of metrics.csv by iteration, in percent: the mean over runs."""
+    points: dict[int, list[float]] = {}
+    for folder in folders:
+        with open(folder / "metrics.csv", newline="") as file:
+            for row in csv.DictReader(file):
+                if row[measure]:
+                    points.setdefault(int(row["iteration"]), []).append(100 * float(row[measure]))
+    return {iteration: statistics.mean(points[iteration]) for iteration in sorted(points)}
+
+
 def write_reports(
-    name: str, experiment: Experiment, rows: list[Row], args: argparse.Namespace
+    name: str, experiment: Experiment, compared: list[Runs], args: argparse.Namespace
 ) -> None:
     """Print the table; write it with the figures to OUT."""
     from common import figures
 
     if not experiment.splits:
         name += "-" + Path(args.split.replace("/", "-")).stem
-    text = table(experiment, rows, args)
-    print("\n" + text + "\n", flush=True)
-    (args.output / f"{name}.md").write_text(text + "\n")
-    with open(args.output / f"{name}.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            [
-                "method", "command", "split", "seed",
-                "miou_last", "miou_best", "seconds", "memory_mb", "miou_rarest",
-            ]
-        )  # fmt: skip
-        for row in rows:
-            for seed, result in enumerate(row.results):
-                writer.writerow([row.variant.label, row.variant.command, row.split, seed, *result])
-    labels = [row.variant.label + (f", {row.split}" if experiment.splits else "") for row in rows]
-    figures.bars(
-        labels,
-        [[result.last for result in row.results] for row in rows],
-        args.output / f"{name}.png",
+    rows = [runs.row for runs in compared]
+    shares = ", ".join(dict.fromkeys(row.split for row in rows))
+    comparison = Comparison(
+        f"{experiment.title}; {args.data}, {shares} labelled",
+        args.command,
+        rows,
+        experiment.curve,
+        tuple(conditions(compared)),
     )
+    path = args.output / f"{name}.csv"
+    tables.write_csv(comparison, path)
+    labels = tables.labels(rows)
     if experiment.curve:
-        runs = {
-            label: [folder / "metrics.csv" for folder in row.folders]
-            for label, row in zip(labels, rows)
+        curves = {
+            label: mean_curve(runs.folders, experiment.curve)
+            for label, runs in zip(labels, compared)
         }
-        figures.measure_curves(runs, experiment.curve, args.output / f"{name}-curve.png")
-    folders = {
-        label: row.folders[0] for label, row in zip(labels, rows) if row.split == rows[0].split
+        tables.write_curves(curves, tables.curve_file(path))
+    print("\n" + tables.write_table(path) + "\n", flush=True)
+    first_seed = {
+        label: runs.folders[0]
+        for label, runs in zip(labels, compared)
+        if runs.split == compared[0].split
     }
-    figures.side_by_side(folders, args.output / f"{name}-predictions.png")
+    figures.side_by_side(first_seed, args.output / f"{name}-predictions.png")
     print(f"{name}.md, .csv and figures are in {args.output}")
 
 
@@ -407,7 +309,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--split", help="labelled share, as the scripts take it (default: 1/8; folder: all)"
     )
     parser.add_argument(
-        "--seeds", type=cli.positive, default=3, metavar="N", help="seeds 0 to N-1 (default: 3)"
+        "--seeds", type=cli.positive, default=3, metavar="N", help="how many (default: 3)"
+    )
+    parser.add_argument(
+        "--first-seed", type=int, default=0, metavar="S", help="seeds S to S+N-1 (default: 0)"
+    )
+    parser.add_argument(
+        "--jobs", type=cli.positive, default=1, metavar="N", help="runs at a time (default: 1)"
     )
     parser.add_argument(
         "--methods",
@@ -502,20 +410,40 @@ def main(argv: list[str] | None = None) -> None:
         write_reports(name, experiment, run_all(experiment, args), args)
 
 
-def run_all(experiment: Experiment, args: argparse.Namespace) -> list[Row]:
-    """All runs of an experiment, a row for each variant and split."""
+def run_all(experiment: Experiment, args: argparse.Namespace) -> list[Runs]:
+    """All runs of an experiment, `args.jobs` at a time.
+
+    Raises:
+        InputError: a run failed; those that were under way beside it are stopped.
+    """
     splits = experiment.splits or (args.split,)
-    todo = [(variant, split) for split in splits for variant in experiment.variants]
-    for variant, split in todo:  # before the first run, rather than after hours
-        settings(*command_line(variant, split, 0, args))
-    total, rows = len(todo) * args.seeds, []
-    for index, (variant, split) in enumerate(todo):
-        first = index * args.seeds + 1
-        numbers = [f"{first + seed}/{total}" for seed in range(args.seeds)]
-        done = [run(variant, split, seed, args, number) for seed, number in enumerate(numbers)]
-        folders, results = map(list, zip(*done))
-        rows.append(Row(variant, split, folders, results))
-    return rows
+    lines = [(variant, split) for split in splits for variant in experiment.variants]
+    for variant, split in lines:  # before the first run, rather than after hours
+        settings(*command_line(variant, split, args.first_seed, args))
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    todo = [(variant, split, seed) for variant, split in lines for seed in seeds]
+
+    _under_way.clear()
+    _stopping.clear()
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
+        started = [
+            pool.submit(run, *what, args, f"{number}/{len(todo)}", experiment.curve)
+            for number, what in enumerate(todo, start=1)
+        ]
+        for future in as_completed(started):
+            future.result()  # or the first failure's exception
+    finally:  # after a failure, and after Ctrl-C
+        pool.shutdown(wait=False, cancel_futures=True)
+        stop_all()
+        pool.shutdown()
+    done = [future.result() for future in started]
+
+    compared = []
+    for index, (variant, split) in enumerate(lines):
+        folders, results = map(list, zip(*done[index * len(seeds) : (index + 1) * len(seeds)]))
+        compared.append(Runs(variant, split, folders, results))
+    return compared
 
 
 if __name__ == "__main__":

@@ -167,6 +167,24 @@ EXPERIMENTS = {
             Variant("all (AEL)", "ael.py", {"1/16": 75.83}),
         ),
     ),
+    "rare-classes": Experiment(
+        "AEL and PS-MT, and without each of their parts",
+        (
+            Variant("SupOnly", "supervised.py"),
+            Variant("CutMix-Seg", "mean_teacher.py --cutmix"),
+            Variant("AEL", "ael.py"),
+            Variant("AEL without ACP", "ael.py --no-acp"),
+            Variant("AEL without ACM", "ael.py --no-acm"),
+            Variant("AEL without AES", "ael.py --no-aes"),
+            Variant("AEL without DRW", "ael.py --no-drw"),
+            Variant("U2PL", "u2pl.py"),
+            Variant("U2PL with AEL", "u2pl.py --ael"),
+            Variant("PS-MT", "psmt.py"),
+            Variant("PS-MT, one teacher", "psmt.py --teachers 1"),
+            Variant("PS-MT, ξ = 1e-6", "psmt.py --xi 1e-6"),
+            Variant("PS-MT without T-VAT", "psmt.py --no-vat"),
+        ),
+    ),
     "ael-gamma": Experiment(
         "the exponent of the teacher's confidence (published: DRW alone, Cityscapes, 1/16)",
         tuple(

@@ -8,7 +8,6 @@ reliable_pixels.png  U2PL: entropy, what is left out, anchors, banks
 """
 
 import argparse
-import csv
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -377,20 +376,11 @@ def bars(labels: list[str], values: list[list[float]], path: Path) -> None:
     save(figure, path)
 
 
-def measure_curves(runs: dict[str, list[Path]], measure: str, path: Path) -> None:
-    """A column of metrics.csv over the iterations, in percent: the mean over each label's files."""
+def measure_curves(curves: dict[str, dict[int, float]], measure: str, path: Path) -> None:
+    """A measure in percent over the iterations, a line for each label."""
     figure, axis = pyplot().subplots(figsize=(5, 3.6), layout="constrained")
-    for label, files in runs.items():
-        points: dict[int, list[float]] = {}
-        for file in files:
-            with open(file, newline="") as text:
-                for row in csv.DictReader(text):
-                    if row[measure]:
-                        value = 100 * float(row[measure])
-                        points.setdefault(int(row["iteration"]), []).append(value)
-        iterations = sorted(points)
-        means = [np.mean(points[iteration]) for iteration in iterations]
-        axis.plot(iterations, means, label=label, marker=".")
+    for label, points in curves.items():
+        axis.plot(list(points), list(points.values()), label=label, marker=".")
     axis.set(xlabel="iteration", ylabel=f"{measure}, %")
     axis.grid(alpha=0.3)
     axis.legend()

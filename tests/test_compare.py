@@ -3,7 +3,6 @@
 import csv
 import importlib
 import json
-import math
 import os
 import shlex
 import signal
@@ -15,8 +14,8 @@ from conftest import ROOT, run
 from PIL import Image
 from test_scripts import same, start, wait_for, weights
 
-from common import InputError, compare
-from common.compare import Result, Row
+from common import InputError, compare, tables
+from common.compare import Runs
 from common.experiments import EXPERIMENTS, METHODS, Variant
 
 SHORT = ("--seeds", "1", "--max-iters", "4", "--crop-size", "32", "-b", "2")
@@ -43,10 +42,11 @@ def test_it_runs_reuses_and_reports(tmp_path, capfd):
     assert table in out
     for label, folder in zip(("SupOnly", "CPS"), folders):
         value = (folder / "log.txt").read_text().rsplit("miou_last=", 1)[1].split()[0]
-        assert f"| {label} | {value} (" in table
+        assert f"| {label} | {value} | - | " in table
         last = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))[-1]
-        assert f"| - | {100 * float(last['miou_rarest']):.2f} | " in table  # after sd
-    assert len((tmp_path / "supervised+cps-1-8.csv").read_text().splitlines()) == 3
+        assert f"| - | {100 * float(last['miou_rarest']):.2f} | {value} (" in table  # after sd
+    rows = tables.read_csv(tmp_path / "supervised+cps-1-8.csv").rows
+    assert [len(row.results) for row in rows] == [1, 1]
     for name in ("supervised+cps-1-8.png", "supervised+cps-1-8-predictions.png"):
         assert Image.open(tmp_path / name).width > 300
 
@@ -128,7 +128,7 @@ def test_an_error_ends_a_comparison_with_one_line(tmp_path):
 
 
 def test_runs_with_other_labelled_images_are_not_compared(tmp_path):
-    rows = []
+    compared = []
     for name, sha1, threads in (("a", "1", 1), ("b", "1", 2), ("c", "2", 2)):
         description = {
             "args": {"method": "cps", "seed": 0},
@@ -141,13 +141,41 @@ def test_runs_with_other_labelled_images_are_not_compared(tmp_path):
         }
         (tmp_path / name).mkdir()
         (tmp_path / name / "args.json").write_text(json.dumps(description))
-        rows.append(row(name, [50.0], None)._replace(folders=[tmp_path / name]))
-    assert compare.conditions(rows[1:2]) == []
-    assert compare.conditions(rows[:2]) == ["- not alike in all runs: threads (1; 2)"]
+        compared.append(Runs(METHODS["cps"], "1/8", [tmp_path / name], []))
+    assert compare.conditions(compared[1:2]) == []
+    assert compare.conditions(compared[:2]) == ["not alike in all runs: threads (1; 2)"]
     with pytest.raises(InputError, match="other labelled images"):
-        compare.conditions(rows)
-    other_split = rows[2]._replace(split="1/4")  # which has another list
-    assert compare.conditions([rows[0], other_split])
+        compare.conditions(compared)
+    other_split = compared[2]._replace(split="1/4")  # which has another list
+    assert compare.conditions([compared[0], other_split])
+
+
+def test_a_line_of_the_table_knows_what_is_published_at_its_split():
+    runs = Runs(METHODS["psmt"], "1/8", [], [])
+    assert runs.row.published == 76.89 and runs.row.source == "its release"
+    assert runs._replace(split="1/16").row.published is None
+
+
+def test_several_runs_at_a_time_give_the_table_of_one_at_a_time(tmp_path):
+    command = (*SHORT, "--seeds", "2", "--first-seed", "100", "--methods", "supervised")
+    for jobs in (1, 2):
+        out = run(
+            "-m",
+            "common.compare",
+            *command,
+            "--output",
+            tmp_path / str(jobs),
+            "--jobs",
+            jobs,
+            *REST,
+        )
+    first, second = (
+        tables.read_csv(tmp_path / str(jobs) / "supervised-1-8.csv").rows[0].results
+        for jobs in (1, 2)
+    )
+    assert [result.seed for result in first] == [100, 101]
+    assert [result.last for result in first] == [result.last for result in second]
+    assert out.stdout.index("seed 101 --max-iters 4: started") < out.stdout.index(" in 0.0 min")
 
 
 def test_every_variant_has_flags_that_exist():
@@ -161,52 +189,6 @@ def test_every_variant_has_flags_that_exist():
         folders.add(compare.run_folder(Path("out"), Variant("", command), "1/8", 0))
     assert len(folders) == len(commands)
     assert compare.run_folder(Path("out"), Variant("", "cps.py", times=2), "1/8", 0) not in folders
-
-
-def row(label: str, values: list[float], published: float | None) -> Row:
-    """A row at the split 1/8 with these results."""
-    results = [Result(value, value + 1, 60.0, 100) for value in values]
-    return Row(Variant(label, "cps.py", published and {"1/8": published}), "1/8", [], results)
-
-
-def test_the_table_gives_paired_differences_with_their_errors():
-    rows = [
-        row("first", [70.0, 71.0, 72.0], 75.0),
-        row("better", [75.0, 76.0, 78.0], 77.0),
-        row("same", [70.0, 71.0, 72.0], 74.0),
-        row("unpublished", [1.0, 1.0, 1.0], None),
-    ]
-    # 5, 5, 6: standard deviation 0.577, over √3; 4.303 standard errors hold 95 % at three seeds.
-    assert compare.differences(rows) == [
-        "- better against first at 1/8: published +2.00, "
-        "here +5.33, standard error 0.33, 95 % interval +3.90 to +6.77",
-        "- same against first at 1/8: published -1.00, "
-        "here +0.00, standard error 0.00, 95 % interval +0.00 to +0.00",
-        "- unpublished against first at 1/8: "
-        "here -70.00, standard error 0.58, 95 % interval -72.48 to -67.52",
-    ]
-    elsewhere = rows[1]._replace(variant=rows[1].variant._replace(source="its release"))
-    assert "published" not in compare.differences([rows[0], elsewhere])[0]
-    assert compare.published(elsewhere) == "77.00 (its release)"
-    assert [compare.published(line) for line in rows[2:]] == ["74.00", "-"]
-    single = [row("a", [70.0], None), row("b", [71.0], None)]
-    assert compare.differences(single) == ["- b against a at 1/8: here +1.00, one seed"]
-
-
-def test_rows_of_other_splits_have_another_first_row():
-    rows = [row("a", [70.0], None), row("b", [71.0], None)]
-    rows += [line._replace(split="1/4") for line in (row("a", [80.0], 1.0), row("b", [82.0], 1.0))]
-    assert compare.differences(rows) == [
-        "- b against a at 1/8: here +1.00, one seed",
-        "- b against a at 1/4: here +2.00, one seed",
-    ]
-
-
-def test_a_row_knows_its_mean_its_spread_and_what_is_published_at_its_split():
-    first = row("first", [70.0, 71.0, 72.0], 75.0)
-    assert first.mean == 71 and first.spread == 1 and first.published == 75
-    assert math.isnan(row("one", [3.0], None).spread)
-    assert first._replace(split="1/4").published is None
 
 
 def test_methods_and_experiments_exclude_each_other():

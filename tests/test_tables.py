@@ -1,0 +1,118 @@
+"""The tables of comparisons: their arithmetic, and that they can be made from the csv alone."""
+
+import math
+
+import pytest
+from PIL import Image
+
+from common import InputError, tables
+from common.tables import Comparison, Result, Row
+
+
+def row(label: str, values: list[float], published: float | None = None, **fields) -> Row:
+    """A row at the split 1/8 with these results, of the seeds 0, 1, 2, ..."""
+    results = [
+        Result(seed, value, value + 1, 60.0, 100, rarest=value / 2)
+        for seed, value in enumerate(values)
+    ]
+    return Row(label, f"{label}.py", "1/8", results, published)._replace(**fields)
+
+
+def without_rarest(line: Row) -> Row:
+    """The same of a data set with few classes."""
+    return line._replace(results=[result._replace(rarest=None) for result in line.results])
+
+
+def test_differences_are_paired_and_have_errors():
+    rows = [
+        row("first", [70.0, 71.0, 72.0], 75.0),
+        row("better", [75.0, 76.0, 78.0], 77.0),
+        row("same", [70.0, 71.0, 72.0], 74.0),
+        row("unpublished", [1.0, 1.0, 1.0]),
+    ]
+    # 5, 5, 6: standard deviation 0.577, over √3; 4.303 standard errors hold 95 % at three seeds.
+    expected = [
+        "- better against first at 1/8: published +2.00, "
+        "here +5.33, standard error 0.33, 95 % interval +3.90 to +6.77",
+        "- same against first at 1/8: published -1.00, "
+        "here +0.00, standard error 0.00, 95 % interval +0.00 to +0.00",
+        "- unpublished against first at 1/8: "
+        "here -70.00, standard error 0.58, 95 % interval -72.48 to -67.52",
+    ]
+    rarest = ("+2.67 (standard error 0.17)", "+0.00 (standard error 0.00)")
+    found = tables.differences(rows)
+    assert found[:2] == [f"{line}; rarest {half}" for line, half in zip(expected, rarest)]
+    assert tables.differences([without_rarest(line) for line in rows]) == expected
+    single = [row("a", [70.0]), row("b", [71.0])]
+    assert tables.differences(single) == [
+        "- b against a at 1/8: here +1.00, one seed; rarest +0.50"
+    ]
+
+
+def test_published_figures_are_subtracted_within_one_table_alone():
+    first, other = row("first", [70.0], 75.0), row("other", [75.0], 77.0, source="its release")
+    assert "published" not in tables.differences([first, other])[0]
+    assert tables.published(other) == "77.00 (its release)"
+    assert tables.published(first) == "75.00" and tables.published(row("new", [1.0])) == "-"
+
+
+def test_rows_of_other_splits_have_another_first_row():
+    rows = [row("a", [70.0]), row("b", [71.0])]
+    rows += [row("a", [80.0], 1.0, split="1/4"), row("b", [82.0], 1.0, split="1/4")]
+    assert tables.differences([without_rarest(line) for line in rows]) == [
+        "- b against a at 1/8: here +1.00, one seed",
+        "- b against a at 1/4: published +0.00, here +2.00, one seed",
+    ]
+
+
+def test_a_row_knows_its_mean_and_its_spread():
+    first = row("first", [70.0, 71.0, 72.0])
+    assert first.mean == 71 and first.spread == 1 and first.mean_of("best") == 72
+    assert first.mean_of("rarest") == 35.5 and first.mean_of("measure") is None
+    assert math.isnan(row("one", [3.0]).spread)
+
+
+def test_the_table_is_made_from_the_csv_alone(tmp_path):
+    results = [Result(seed, seed - 50.0, 60.0, 90.0, 300, 40.0, 12.5) for seed in (100, 101)]
+    better = [result._replace(last=result.last + 2, rarest=44.0) for result in results]
+    comparison = Comparison(
+        'A, "B", and C; shapes, 1/8 labelled',
+        "python -m common.compare --seeds 2",
+        [
+            Row("A, alone", "a.py --flag", "1/8", results, 70.1),
+            Row("B", "b.py", "1/8", better, 72.0, "its release"),
+        ],
+        "overlap",
+        ("not alike in all runs: threads (1; 2)",),
+    )
+    path = tmp_path / "name.csv"
+    tables.write_csv(comparison, path)
+    assert tables.read_csv(path) == comparison
+    curves = {"A, alone": {10: 1.0, 20: 2.5}, "B": {10: 3.0}}
+    tables.write_curves(curves, tables.curve_file(path))
+    assert tables.read_curves(tmp_path / "name-curve.csv") == curves
+
+    tables.main([str(path)])
+    text = path.with_suffix(".md").read_text()
+    assert text.splitlines()[4:8] == [
+        "| method | mean | sd | rarest | seed 100 | seed 101 | time | memory | overlap at the end "
+        "| published |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        "| A, alone | 50.50 | 0.71 | 40.00 | 50.00 (60.00) | 51.00 (60.00) | 1.5 min | 300 MiB "
+        "| 12.50 | 70.10 |",
+        "| B | 52.50 | 0.71 | 44.00 | 52.00 (60.00) | 53.00 (60.00) | 1.5 min | 300 MiB | 12.50 "
+        "| 72.00 (its release) |",
+    ]
+    assert "- all runs together: 0.10 hours\n- not alike in all runs: threads (1; 2)\n" in text
+    assert "    python -m common.compare --seeds 2\n" in text
+    for figure in ("name.png", "name-curve.png"):
+        assert Image.open(tmp_path / figure).width > 300
+
+
+def test_another_csv_is_refused(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("iteration,miou\n10,0.5\n")
+    with pytest.raises(InputError, match=r"metrics\.csv was not written by common\.compare"):
+        tables.main([str(path)])
+    with pytest.raises(InputError, match="cannot read"):
+        tables.main([str(tmp_path / "none.csv")])
