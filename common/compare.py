@@ -13,6 +13,7 @@ by experiment (or methods) and split:
     NAME.md                 the table: mean and standard deviation, and each seed
     NAME.png                bars with the standard deviation
     NAME-curve.csv, .png    a measure over the iterations, for the experiments that are about one
+    NAME-classes.csv        IoU of each class of every run; their means are in NAME.md, too
     NAME-predictions.png    image by image: input, target, prediction of each method (first seed)
 
 Under the table each method is compared with the first one, seed by seed (`common.tables`, which
@@ -247,6 +248,19 @@ def conditions(compared: list[Runs]) -> list[str]:
     return notes
 
 
+def read_iou(folder: Path) -> dict[str, str]:
+    """IoU in percent of each class at the end of a run.
+
+    Raises:
+        InputError: the run does not have it.
+    """
+    path = folder / "iou.csv"
+    if not path.is_file():
+        raise InputError(f"no {path}: a run of an earlier version? choose another --output")
+    with open(path, newline="") as file:
+        return {row[0]: row[1] for row in list(csv.reader(file))[1:]}
+
+
 def mean_curve(folders: list[Path], measure: str) -> dict[int, float]:
     """A column of metrics.csv by iteration, in percent: the mean over runs."""
     points: dict[int, list[float]] = {}
@@ -284,6 +298,14 @@ def write_reports(
             for label, runs in zip(labels, compared)
         }
         tables.write_curves(curves, tables.curve_file(path))
+    tables.write_classes(
+        [
+            (runs.variant.label, runs.split, result.seed, read_iou(folder))
+            for runs in compared
+            for folder, result in zip(runs.folders, runs.results)
+        ],
+        tables.classes_file(path),
+    )
     print("\n" + tables.write_table(path) + "\n", flush=True)
     first_seed = {
         label: runs.folders[0]

@@ -8,6 +8,7 @@ empty.
 import argparse
 import csv
 import errno
+import math
 import os
 import platform
 import shutil
@@ -385,6 +386,7 @@ class Report:
             self.bar = None
         for line in table(results, self.data.classes):
             self.say(line)
+        write_iou(results, result, self.data.classes, self.folder / "iou.csv")
         folder = self.folder / "figures"
         figures.curves(self.rows(), folder / "curves.png")
         figures.predictions(network, self.data, self.args, folder / "predictions.png")
@@ -433,6 +435,24 @@ def table(results: dict[str, Scores], classes: tuple[str, ...]) -> list[str]:
         cells = "".join(f"{100 * value:>12.2f}" for value in values)
         lines.append(f"{name:<{width}}{cells}")
     return [*lines, ""]
+
+
+def write_iou(
+    results: dict[str, Scores], result: str, classes: tuple[str, ...], path: Path
+) -> None:
+    """Write IoU in percent, a class a row and a network a column, the method's result first.
+
+    It is empty for a class that neither labels nor predictions have.
+    """
+    names = sorted(results, key=lambda name: name != result)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["class", *names])
+        for index, label in enumerate(classes):
+            values = [100 * results[name].iou[index].item() for name in names]
+            writer.writerow(
+                [label, *("" if math.isnan(value) else round(value, 2) for value in values)]
+            )
 
 
 def resident_mb() -> float | str:

@@ -2,9 +2,9 @@
 
     python -m common.tables common/results/*.csv
 
-Next to each NAME.csv this writes NAME.md and NAME.png, and NAME-curve.png where there is a
-NAME-curve.csv, as `common.compare` did. The csv begins with comment lines: what is compared, the
-command that ran it, and notes. A row is a run:
+Next to each NAME.csv this writes NAME.md and NAME.png, as `common.compare` did; it also reads
+NAME-classes.csv, and NAME-curve.csv where there is one, of which it makes NAME-curve.png. NAME.csv
+begins with comment lines: what is compared, the command that ran it, and notes. A row is a run:
 
     method, command     the label, and the script with its flags
     split, seed         the labelled share, and the seed
@@ -201,6 +201,21 @@ def read_curves(path: Path) -> dict[str, dict[int, float]]:
     return curves
 
 
+def classes_file(path: Path) -> Path:
+    """NAME-classes.csv of NAME.csv."""
+    return path.with_name(f"{path.stem}-classes.csv")
+
+
+def write_classes(found: list[tuple[str, str, int, dict[str, str]]], path: Path) -> None:
+    """Write IoU in percent by class; `found` has label, split, seed and IoU of each run."""
+    classes = list(found[0][3])
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("method", "split", "seed", *classes))
+        for *run, iou in found:
+            writer.writerow((*run, *(iou[name] for name in classes)))
+
+
 # ----------------------------------------------------------------------------------------- tables
 
 
@@ -240,6 +255,28 @@ def table(comparison: Comparison) -> str:
         *(f"- {note}" for note in comparison.notes),
     ]
     return "\n".join(lines)
+
+
+def class_table(path: Path) -> str:
+    """Mean IoU of each class over the seeds, in Markdown, from NAME-classes.csv.
+
+    A class that a run neither met nor predicted does not count in its mean.
+    """
+    with open(path, newline="") as file:
+        head, *lines = csv.reader(file)
+    runs: dict[tuple[str, str], list[list[str]]] = {}
+    for method, split, _, *values in lines:
+        runs.setdefault((method, split), []).append(values)
+    several = len({split for _, split in runs}) > 1
+    table = ["| method |" + (" split |" if several else "") + "".join(f" {c} |" for c in head[3:])]
+    table.append("|---" * (table[0].count("|") - 1) + "|")
+    for (method, split), seeds in runs.items():
+        cells = [method, *([split] if several else [])]
+        for values in zip(*seeds):
+            known = [float(value) for value in values if value]
+            cells.append(f"{statistics.mean(known):.1f}" if known else "-")
+        table.append("| " + " | ".join(cells) + " |")
+    return "\n".join(["IoU of each class in percent, mean over the seeds:", "", *table])
 
 
 def last_and_best(result: Result) -> str:
@@ -335,7 +372,7 @@ def write_table(path: Path) -> str:
     from common import figures
 
     comparison = read_csv(path)
-    text = table(comparison)
+    text = table(comparison) + "\n\n" + class_table(classes_file(path))
     path.with_suffix(".md").write_text(text + "\n")
     rows = comparison.rows
     values = [[result.last for result in row.results] for row in rows]

@@ -47,6 +47,11 @@ def test_it_runs_reuses_and_reports(tmp_path, capfd):
         assert f"| - | {100 * float(last['miou_rarest']):.2f} | {value} (" in table  # after sd
     rows = tables.read_csv(tmp_path / "supervised+cps-1-8.csv").rows
     assert [len(row.results) for row in rows] == [1, 1]
+    iou = dict(line.split(",")[:2] for line in (folders[0] / "iou.csv").read_text().splitlines())
+    assert iou.pop("class") == "model" and len(iou) == 12
+    assert sum(map(float, iou.values())) / 12 == pytest.approx(rows[0].mean, abs=0.02)
+    means = "".join(f" {float(value):.1f} |" for value in iou.values())
+    assert f"| SupOnly |{means}" in table
     for name in ("supervised+cps-1-8.png", "supervised+cps-1-8-predictions.png"):
         assert Image.open(tmp_path / name).width > 300
 
@@ -148,6 +153,11 @@ def test_runs_with_other_labelled_images_are_not_compared(tmp_path):
         compare.conditions(compared)
     other_split = compared[2]._replace(split="1/4")  # which has another list
     assert compare.conditions([compared[0], other_split])
+
+
+def test_a_run_of_an_earlier_version_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"no .*iou\.csv: a run of an earlier version"):
+        compare.read_iou(tmp_path)
 
 
 def test_a_line_of_the_table_knows_what_is_published_at_its_split():

@@ -88,6 +88,11 @@ def test_the_table_is_made_from_the_csv_alone(tmp_path):
     path = tmp_path / "name.csv"
     tables.write_csv(comparison, path)
     assert tables.read_csv(path) == comparison
+    iou = [{"background": "90.00", "bar": value} for value in ("10.00", "", "", "")]
+    labels = ("A, alone", "A, alone", "B", "B")
+    seeds = (100, 101, 100, 101)
+    found = [(label, "1/8", seed, one) for label, seed, one in zip(labels, seeds, iou)]
+    tables.write_classes(found, tables.classes_file(path))
     curves = {"A, alone": {10: 1.0, 20: 2.5}, "B": {10: 3.0}}
     tables.write_curves(curves, tables.curve_file(path))
     assert tables.read_curves(tmp_path / "name-curve.csv") == curves
@@ -105,6 +110,12 @@ def test_the_table_is_made_from_the_csv_alone(tmp_path):
     ]
     assert "- all runs together: 0.10 hours\n- not alike in all runs: threads (1; 2)\n" in text
     assert "    python -m common.compare --seeds 2\n" in text
+    assert text.splitlines()[-4:] == [
+        "| method | background | bar |",
+        "|---|---|---|",
+        "| A, alone | 90.0 | 10.0 |",
+        "| B | 90.0 | - |",
+    ]
     for figure in ("name.png", "name-curve.png"):
         assert Image.open(tmp_path / figure).width > 300
 
