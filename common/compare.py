@@ -19,6 +19,12 @@ by experiment (or methods) and split:
 Under the table each method is compared with the first one, seed by seed (`common.tables`, which
 makes tables from the csv again).
 
+With --jobs several runs go on at a time, all on the same device; on a CPU give each its share:
+
+    OMP_NUM_THREADS=1 python -m common.compare --jobs 2
+
+Seeds on which settings are chosen should not be those on which they are reported: --first-seed.
+
 Flags after `--` go to every script, here those of another folder and of mixed precision:
 
     python -m common.compare --data voc -- --data-dir VOCdevkit --amp bf16
@@ -337,7 +343,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--first-seed", type=int, default=0, metavar="S", help="seeds S to S+N-1 (default: 0)"
     )
     parser.add_argument(
-        "--jobs", type=cli.positive, default=1, metavar="N", help="runs at a time (default: 1)"
+        "--jobs",
+        type=cli.positive,
+        default=1,
+        metavar="N",
+        help="runs at a time, on one device (default: 1)",
     )
     parser.add_argument(
         "--methods",
