@@ -31,24 +31,19 @@ Flags after `--` go to every script, here those of another folder and of mixed p
 """
 
 import argparse
-import csv
-import importlib
 import json
-import re
+import os
 import shlex
 import signal
 import statistics
-import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import NamedTuple
 
 from common import InputError, checkpoint, cli, tables
 from common.datasets import DATASETS
-from common.experiments import EXPERIMENTS, METHODS, Experiment, Variant
-from common.tables import Comparison, Result, Row, minutes
+from common.experiments import EXPERIMENTS, METHODS, Experiment
+from common.runner import Runner, Runs, Task, read_iou, read_metrics
+from common.tables import Comparison
 
 # What all methods share: CPS's preset for the data set.
 RESNET = {"backbone": "resnet50", "output_stride": 16, "batch_size": 8, "eval_window": 0}
@@ -70,160 +65,6 @@ SHARED = {
 SHARED_FLAGS = (
     "backbone", "output_stride", "crop_size", "batch_size", "max_iters", "eval_window",
 )  # fmt: skip
-LAST_LINE = re.compile(r"^miou_last=([\d.]+) miou_best=([\d.]+)$")
-_under_way: list[subprocess.Popen] = []
-_stopping = threading.Event()
-
-
-class Runs(NamedTuple):
-    """The runs of one line of a table, a folder and a result for each seed."""
-
-    variant: Variant
-    split: str
-    folders: list[Path]
-    results: list[Result]
-
-    @property
-    def row(self) -> Row:
-        """What is told about them."""
-        variant = self.variant
-        published = (variant.published or {}).get(self.split)
-        source = variant.source
-        return Row(variant.label, variant.command, self.split, self.results, published, source)
-
-
-def run_folder(out: Path, variant: Variant, split: str, seed: int) -> Path:
-    """OUT/METHOD/SPLIT-seedN.
-
-    METHOD is the script, its flags and, unless once, how many times as long it trains.
-    """
-    method = variant.command.replace(".py", "").replace(" --", "_").replace(" ", "-")
-    longer = f"_x{variant.times}" if variant.times > 1 else ""
-    return out / (method + longer) / f"{split.replace('/', '-')}-seed{seed}"
-
-
-def parts(folder: Path) -> list[Path]:
-    """A run's folder, and those of the earlier stages of ST and ST++."""
-    return [folder, *sorted(folder.glob("stage-*"))]
-
-
-def read_result(folder: Path, seed: int, measure: str = "") -> Result | None:
-    """The result of a run, or None if it is not finished.
-
-    Seconds of the stages of ST and ST++ are added up. `measure` is a column of metrics.csv, of
-    which the last value is wanted, too.
-    """
-    log = folder / "log.txt"
-    found = (
-        LAST_LINE.match(log.read_text().splitlines()[-1])
-        if log.is_file() and log.stat().st_size
-        else None
-    )
-    if not found:
-        return None
-    seconds, memory = 0.0, 0
-    for part in parts(folder):
-        with open(part / "metrics.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
-        seconds += float(rows[-1]["seconds"])
-        memory = max(memory, *(int(row["peak_memory_mb"] or 0) for row in rows))
-        if part == folder:
-            own = rows
-    rarest = last_value(own, "miou_rarest")
-    at_end = last_value(own, measure) if measure else None
-    return Result(seed, float(found[1]), float(found[2]), seconds, memory, rarest, at_end)
-
-
-def last_value(rows: list[dict[str, str]], measure: str) -> float | None:
-    """The last value of a column of metrics.csv in percent; None where there is none."""
-    values = [float(row[measure]) for row in rows if row.get(measure)]
-    return round(100 * values[-1], 2) if values else None
-
-
-def settings(script: str, flags: list[str]) -> argparse.Namespace:
-    """What a script makes of its flags; flags that it refuses end this program with its message."""
-    return importlib.import_module(script.removesuffix(".py")).parse_args(flags)
-
-
-def check_settings(folder: Path, script: str, flags: list[str]) -> None:
-    """A run that is there must have been started with these flags.
-
-    Raises:
-        InputError: it was not; the message names folder and settings.
-    """
-    wanted = json.loads(json.dumps(vars(settings(script, flags))))
-    found = checkpoint.read_description(folder)["args"]
-    fixed = [key for key in wanted if key in found and key not in cli.FREE_ON_RESUME - {"data_dir"}]
-    other = [f"{key}={found[key]}" for key in fixed if found[key] != wanted[key]]
-    if other:
-        raise InputError(f"{folder} holds a run with {', '.join(other)}; choose another --output")
-
-
-def command_line(
-    variant: Variant, split: str, seed: int, args: argparse.Namespace
-) -> tuple[str, list[str]]:
-    """Script and flags of a run; of a flag that is given twice the last one counts."""
-    script, *own = shlex.split(variant.command)
-    shared = {"data": args.data, "split": split, "seed": seed, **args.shared}
-    shared["max_iters"] *= variant.times
-    shared["output_dir"] = run_folder(args.output, variant, split, seed)
-    return script, [
-        *args.rest,
-        *own,
-        *(f"--{key.replace('_', '-')}={value}" for key, value in shared.items()),
-    ]
-
-
-def run(
-    variant: Variant, split: str, seed: int, args: argparse.Namespace, number: str, measure: str
-) -> tuple[Path, Result]:
-    """One run: reused, resumed or started.
-
-    `number` is printed before its command; `measure` goes to `read_result`.
-
-    Raises:
-        InputError: the run failed, or the folder holds another one.
-    """
-    folder = run_folder(args.output, variant, split, seed)
-    script, flags = command_line(variant, split, seed, args)
-    length = args.shared["max_iters"] * variant.times
-    place = f"[{number}] {variant.command} --split {split} --seed {seed} --max-iters {length}"
-    started = any(map(checkpoint.occupied, parts(folder)))
-    if started:
-        check_settings(folder, script, flags)
-    result = read_result(folder, seed, measure)
-    if result is None:
-        print(f"{place}: {'resumed' if started else 'started'}", flush=True)
-        flags = [f"--resume={folder}", *args.rest] if started else flags
-        code = call([*shlex.split(args.launcher), script, *flags])
-        result = read_result(folder, seed, measure)
-        if code or result is None:
-            again = "" if code == 2 else "; start this again to go on"
-            raise InputError(f"{script} ended with exit code {code}, its message is above{again}")
-    print(f"{place}: {result.last:.2f} in {minutes(result.seconds)}", flush=True)
-    return folder, result
-
-
-def call(command: list[str]) -> int:
-    """Run a command, its output in the run's log.txt alone; returns its exit code."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _under_way.append(process)
-    if _stopping.is_set():  # after `stop_all` has looked for the last time
-        process.terminate()
-    return process.wait()
-
-
-def stop_all() -> None:
-    """Stop the runs that are under way, with time to save."""
-    _stopping.set()
-    for process in _under_way:
-        if process.poll() is None:
-            process.terminate()
-    for process in _under_way:
-        process.wait()
-
-
-# ------------------------------------------------------------------------------------------ reports
 
 
 def conditions(compared: list[Runs]) -> list[str]:
@@ -254,28 +95,22 @@ def conditions(compared: list[Runs]) -> list[str]:
     return notes
 
 
-def read_iou(folder: Path) -> dict[str, str]:
-    """IoU in percent of each class at the end of a run.
-
-    Raises:
-        InputError: the run does not have it.
-    """
-    path = folder / "iou.csv"
-    if not path.is_file():
-        raise InputError(f"no {path}: a run of an earlier version? choose another --output")
-    with open(path, newline="") as file:
-        return {row[0]: row[1] for row in list(csv.reader(file))[1:]}
-
-
 def mean_curve(folders: list[Path], measure: str) -> dict[int, float]:
-    """A column of metrics.csv by iteration, in percent: the mean over runs."""
+    """A column of metrics.csv by iteration, in percent: the mean over runs; empty without it."""
     points: dict[int, list[float]] = {}
-    for folder in folders:
-        with open(folder / "metrics.csv", newline="") as file:
-            for row in csv.DictReader(file):
-                if row[measure]:
-                    points.setdefault(int(row["iteration"]), []).append(100 * float(row[measure]))
+    for row in (row for folder in folders for row in read_metrics(folder)):
+        if row.get(measure):
+            points.setdefault(int(row["iteration"]), []).append(100 * float(row[measure]))
     return {iteration: statistics.mean(points[iteration]) for iteration in sorted(points)}
+
+
+def file_name(name: str, experiment: Experiment, args: argparse.Namespace) -> str:
+    """NAME of the files: with the split, and with the seeds if they are not those from 0 on."""
+    if not experiment.splits:
+        name += "-" + Path(args.split.replace("/", "-")).stem
+    if args.first_seed:
+        name += f"-seeds{seeds(args)[0]}-{seeds(args)[-1]}"
+    return name
 
 
 def write_reports(
@@ -284,8 +119,6 @@ def write_reports(
     """Print the table; write it with the figures to OUT."""
     from common import figures
 
-    if not experiment.splits:
-        name += "-" + Path(args.split.replace("/", "-")).stem
     rows = [runs.row for runs in compared]
     shares = ", ".join(dict.fromkeys(row.split for row in rows))
     comparison = Comparison(
@@ -293,8 +126,9 @@ def write_reports(
         args.command,
         rows,
         experiment.curve,
-        tuple(conditions(compared)),
+        (*conditions(compared), *([f"{args.jobs} runs at a time"] if args.jobs > 1 else [])),
     )
+    name = file_name(name, experiment, args)
     path = args.output / f"{name}.csv"
     tables.write_csv(comparison, path)
     labels = tables.labels(rows)
@@ -313,12 +147,12 @@ def write_reports(
         tables.classes_file(path),
     )
     print("\n" + tables.write_table(path) + "\n", flush=True)
-    first_seed = {
+    shown = {
         label: runs.folders[0]
         for label, runs in zip(labels, compared)
         if runs.split == compared[0].split
     }
-    figures.side_by_side(first_seed, args.output / f"{name}-predictions.png")
+    figures.side_by_side(shown, args.output / f"{name}-predictions.png")
     print(f"{name}.md, .csv and figures are in {args.output}")
 
 
@@ -414,12 +248,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             "--methods chooses rows of the comparison of all methods; "
             "leave it out with --experiment"
         )
+    for chosen in (args.methods or [], args.experiment or []):
+        if len(chosen) > len(set(chosen)):
+            parser.error(f"{' '.join(chosen)}: one of them twice")
     given = {key: getattr(args, key) for key in SHARED_FLAGS if getattr(args, key) is not None}
     args.shared = {**SHARED[args.data], **given}
     args.rest, args.command = rest, "python -m common.compare " + shlex.join(argv)
+    if "OMP_NUM_THREADS" in os.environ:
+        args.command = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} {args.command}"
     args.split = args.split or DATASETS[args.data].split
     args.output = args.output or Path("runs") / f"compare-{args.data}"
     return args
+
+
+def seeds(args: argparse.Namespace) -> range:
+    """The seeds of every line."""
+    return range(args.first_seed, args.first_seed + args.seeds)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -443,37 +287,19 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run_all(experiment: Experiment, args: argparse.Namespace) -> list[Runs]:
-    """All runs of an experiment, `args.jobs` at a time.
+    """All runs of an experiment, a line of the table for each variant and split.
 
     Raises:
-        InputError: a run failed; those that were under way beside it are stopped.
+        InputError: a run failed, or a folder holds another one.
     """
     splits = experiment.splits or (args.split,)
     lines = [(variant, split) for split in splits for variant in experiment.variants]
-    for variant, split in lines:  # before the first run, rather than after hours
-        settings(*command_line(variant, split, args.first_seed, args))
-    seeds = range(args.first_seed, args.first_seed + args.seeds)
-    todo = [(variant, split, seed) for variant, split in lines for seed in seeds]
+    tasks = [Task(variant, split, seed) for variant, split in lines for seed in seeds(args)]
+    done = Runner(args, experiment.curve).run_all(tasks)
 
-    _under_way.clear()
-    _stopping.clear()
-    pool = ThreadPoolExecutor(args.jobs)
-    try:
-        started = [
-            pool.submit(run, *what, args, f"{number}/{len(todo)}", experiment.curve)
-            for number, what in enumerate(todo, start=1)
-        ]
-        for future in as_completed(started):
-            future.result()  # or the first failure's exception
-    finally:  # after a failure, and after Ctrl-C
-        pool.shutdown(wait=False, cancel_futures=True)
-        stop_all()
-        pool.shutdown()
-    done = [future.result() for future in started]
-
-    compared = []
+    compared, count = [], len(seeds(args))
     for index, (variant, split) in enumerate(lines):
-        folders, results = map(list, zip(*done[index * len(seeds) : (index + 1) * len(seeds)]))
+        folders, results = map(list, zip(*done[index * count : (index + 1) * count]))
         compared.append(Runs(variant, split, folders, results))
     return compared
 

@@ -140,7 +140,7 @@ class Report:
         """args.json: the settings and what else a result depends on."""
         here, commit = Path(__file__).parent, None
         if shutil.which("git"):
-            command = ["git", "rev-parse", "HEAD"]
+            command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
             commit = (
                 subprocess.run(command, capture_output=True, text=True, cwd=here).stdout.strip()
                 or None

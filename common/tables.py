@@ -1,10 +1,12 @@
 """The tables of `common.compare`, and how they are made again from the files that it writes.
 
-    python -m common.tables common/results/*.csv
+    python -m common.tables OUT/NAME.csv
 
-Next to each NAME.csv this writes NAME.md and NAME.png, as `common.compare` did; it also reads
-NAME-classes.csv, and NAME-curve.csv where there is one, of which it makes NAME-curve.png. NAME.csv
-begins with comment lines: what is compared, the command that ran it, and notes. A row is a run:
+Next to NAME.csv this writes NAME.md and NAME.png, as `common.compare` did. Where they are there, it
+reads NAME-classes.csv, too, and NAME-curve.csv, of which it makes NAME-curve.png.
+
+NAME.csv begins with comment lines: what is compared, the command that ran it, the measure that it
+is about, and notes. A row is a run:
 
     method, command     the label, and the script with its flags
     split, seed         the labelled share, and the seed
@@ -12,12 +14,14 @@ begins with comment lines: what is compared, the command that ran it, and notes.
                         mIoU in percent: last and best evaluation; the last one's over the rarer
                         half of the classes, where there are enough of them
     seconds, memory_mb  of training and evaluating all networks; MiB at the peak
-    measure_last        in percent, at the end, in experiments that are about another measure
+    measure_last        the measure that the experiment is about, at the end, in percent
     published, source   the paper's figure at this split, and where it is from
+    against             another method that this one is compared with
 
-Under the table each method is compared with the first one of its split, seed by seed: the mean of
-the differences, its standard error, and the interval that holds the true mean in 95 % of such
-comparisons, if the differences are normally distributed (Student's t).
+Under the table each method is compared with the first one of its split, and with the one of
+`against`, seed by seed: the mean of the differences, its standard error, and the interval that
+holds the true mean in 95 % of such comparisons, if the differences are normally distributed
+(Student's t).
 """
 
 import argparse
@@ -25,7 +29,7 @@ import csv
 import math
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +39,7 @@ from common import InputError
 
 COLUMNS = (
     "method", "command", "split", "seed", "miou_last", "miou_best", "miou_rarest", "seconds",
-    "memory_mb", "measure_last", "published", "source",
+    "memory_mb", "measure_last", "published", "source", "against",
 )  # fmt: skip
 
 
@@ -71,6 +75,7 @@ class Row(NamedTuple):
         results: a run for each seed.
         published: the paper's mIoU at this split.
         source: where it is from, if the title of the comparison does not say so.
+        against: the label of a row that it is compared with, besides the first one.
     """
 
     label: str
@@ -79,6 +84,7 @@ class Row(NamedTuple):
     results: list[Result]
     published: float | None = None
     source: str = ""
+    against: str = ""
 
     @property
     def mean(self) -> float:
@@ -104,7 +110,7 @@ class Comparison(NamedTuple):
         command: that ran it.
         rows: the lines of its table.
         measure: the measure that it is about, or "".
-        notes: what else differs between the runs.
+        notes: what else is to be known of the runs.
     """
 
     title: str
@@ -120,24 +126,25 @@ class Comparison(NamedTuple):
 def write_csv(comparison: Comparison, path: Path) -> None:
     """Write what `read_csv` reads."""
     measure = f"measure: {comparison.measure}"
-    with open(path, "w", newline="") as file:
-        for line in (comparison.title, comparison.command, measure, *comparison.notes):
-            file.write(f"# {line}\n")
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        for comment in (comparison.title, comparison.command, measure, *comparison.notes):
+            file.write(f"# {' '.join(comment.split())}\n")
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for row in comparison.rows:
-            for result in row.results:
-                writer.writerow(
-                    [
-                        row.label, row.command, row.split, result.seed,
-                        f"{result.last:.2f}", f"{result.best:.2f}", number(result.rarest),
-                        f"{result.seconds:.1f}", result.memory, number(result.measure),
-                        number(row.published), row.source,
-                    ]
-                )  # fmt: skip
+            writer.writerows(cells_of(row, result) for result in row.results)
 
 
-def number(value: float | None) -> str:
+def cells_of(row: Row, result: Result) -> list[str | int]:
+    """A run as a row of NAME.csv."""
+    return [
+        row.label, row.command, row.split, result.seed, in_digits(result.last),
+        in_digits(result.best), in_digits(result.rarest), f"{result.seconds:.1f}", result.memory,
+        in_digits(result.measure), in_digits(row.published), row.source, row.against,
+    ]  # fmt: skip
+
+
+def in_digits(value: float | None) -> str:
     """With two digits; empty for None."""
     return "" if value is None else f"{value:.2f}"
 
@@ -146,34 +153,47 @@ def read_csv(path: Path) -> Comparison:
     """Read what `write_csv` has written.
 
     Raises:
-        InputError: it is no such file.
+        InputError: it cannot be read, or is no such file.
     """
     try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
-    heads = [line.removeprefix("# ") for line in lines if line.startswith("# ")]
-    reader = csv.DictReader(line for line in lines if not line.startswith("# "))
-    if tuple(reader.fieldnames or ()) != COLUMNS or len(heads) < 3:
-        raise InputError(f"{path} was not written by common.compare")
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            comments, line = [], file.readline()
+            while line.startswith("# "):  # at the top alone: a label may begin so, too
+                comments.append(line[2:].strip())
+                line = file.readline()
+            return parse(comments, [*csv.reader([line, *file])])
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, IndexError):
+        raise InputError(f"{path} was not written by common.compare") from None
 
+
+def parse(comments: list[str], lines: list[list[str]]) -> Comparison:
+    """The comment lines and the rows of NAME.csv.
+
+    Raises:
+        ValueError, IndexError: they are not those of such a file.
+    """
+    if tuple(lines[0]) != COLUMNS or len(lines) == 1:
+        raise ValueError
     rows: dict[tuple[str, str, str], Row] = {}
-    for line in reader:
-        known = float(line["published"]) if line["published"] else None
-        row = Row(line["method"], line["command"], line["split"], [], known, line["source"])
-        rows.setdefault(row[:3], row).results.append(parse_result(line))
-    title, command, measure, *notes = heads
+    for line in lines[1:]:
+        label, command, split, seed, last, best, rarest, seconds, memory, measured, *about = line
+        published, source, against = about
+        row = Row(label, command, split, [], optional(published), source, against)
+        result = Result(
+            int(seed), float(last), float(best), float(seconds), int(memory),
+            optional(rarest), optional(measured),
+        )  # fmt: skip
+        rows.setdefault(row[:3], row).results.append(result)
+    title, command, measure, *notes = comments
     measure = measure.removeprefix("measure:").strip()
     return Comparison(title, command, [*rows.values()], measure, tuple(notes))
 
 
-def parse_result(line: dict[str, str]) -> Result:
-    """A line of the csv."""
-    rarest, measure = (
-        float(line[name]) if line[name] else None for name in ("miou_rarest", "measure_last")
-    )
-    last, best, seconds = (float(line[name]) for name in ("miou_last", "miou_best", "seconds"))
-    return Result(int(line["seed"]), last, best, seconds, int(line["memory_mb"]), rarest, measure)
+def optional(cell: str) -> float | None:
+    """A number; None if it is not there."""
+    return float(cell) if cell else None
 
 
 def curve_file(path: Path) -> Path:
@@ -183,19 +203,17 @@ def curve_file(path: Path) -> Path:
 
 def write_curves(curves: dict[str, dict[int, float]], path: Path) -> None:
     """Write a measure in percent by label and iteration."""
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("method", "iteration", "percent"))
         for label, points in curves.items():
-            writer.writerows(
-                (label, iteration, number(value)) for iteration, value in points.items()
-            )
+            writer.writerows((label, done, in_digits(value)) for done, value in points.items())
 
 
 def read_curves(path: Path) -> dict[str, dict[int, float]]:
     """Read what `write_curves` has written."""
     curves: dict[str, dict[int, float]] = {}
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             curves.setdefault(row["method"], {})[int(row["iteration"])] = float(row["percent"])
     return curves
@@ -209,7 +227,7 @@ def classes_file(path: Path) -> Path:
 def write_classes(found: list[tuple[str, str, int, dict[str, str]]], path: Path) -> None:
     """Write IoU in percent by class; `found` has label, split, seed and IoU of each run."""
     classes = list(found[0][3])
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("method", "split", "seed", *classes))
         for *run, iou in found:
@@ -221,67 +239,54 @@ def write_classes(found: list[tuple[str, str, int, dict[str, str]]], path: Path)
 
 def table(comparison: Comparison) -> str:
     """The results in Markdown, with the command that makes them."""
-    rows, measure = comparison.rows, comparison.measure
-    several = len({row.split for row in rows}) > 1
-    with_rarest = all(row.mean_of("rarest") is not None for row in rows)
-
-    columns: dict[str, Callable[[Row], str]] = {"method": lambda row: row.label}
-    if several:
-        columns["split"] = lambda row: row.split
-    columns["mean"] = lambda row: f"{row.mean:.2f}"
-    columns["sd"] = lambda row: "-" if math.isnan(row.spread) else f"{row.spread:.2f}"
-    if with_rarest:
-        columns["rarest"] = lambda row: f"{row.mean_of('rarest'):.2f}"
-    for index, result in enumerate(rows[0].results):
-        columns[f"seed {result.seed}"] = lambda row, index=index: last_and_best(row.results[index])
-    columns["time"] = lambda row: minutes(row.mean_of("seconds"))
-    columns["memory"] = lambda row: f"{max(result.memory for result in row.results)} MiB"
-    if measure:
-        columns[f"{measure} at the end"] = lambda row: f"{row.mean_of('measure'):.2f}"
-    if any(row.published is not None for row in rows):
-        columns["published"] = published
-
+    rows = comparison.rows
+    columns = [column for column in columns_of(comparison) if any(column[1:])]
+    with_rarest = any(row.mean_of("rarest") for row in rows)
+    rarest = "; rarest: over the rarer half of the classes" if with_rarest else ""
+    seconds = sum(result.seconds for row in rows for result in row.results)
     lines = [
-        f"{comparison.title}; mIoU last (best) in percent:",
+        f"{comparison.title}; mIoU last (best) in percent{rarest}:",
         "",
         f"    {comparison.command}",
         "",
-        "| " + " | ".join(columns) + " |",
-        "|---" * len(columns) + "|",
-        *("| " + " | ".join(cell(row) for cell in columns.values()) + " |" for row in rows),
+        *markdown(list(zip(*columns))),
         "",
         *differences(rows),
-        f"- all runs together: {all_hours(rows)}",
+        f"- sum of the times of all runs: {seconds / 3600:.2f} hours",
         *(f"- {note}" for note in comparison.notes),
     ]
     return "\n".join(lines)
 
 
-def class_table(path: Path) -> str:
-    """Mean IoU of each class over the seeds, in Markdown, from NAME-classes.csv.
-
-    A class that a run neither met nor predicted does not count in its mean.
-    """
-    with open(path, newline="") as file:
-        head, *lines = csv.reader(file)
-    runs: dict[tuple[str, str], list[list[str]]] = {}
-    for method, split, _, *values in lines:
-        runs.setdefault((method, split), []).append(values)
-    several = len({split for _, split in runs}) > 1
-    table = ["| method |" + (" split |" if several else "") + "".join(f" {c} |" for c in head[3:])]
-    table.append("|---" * (table[0].count("|") - 1) + "|")
-    for (method, split), seeds in runs.items():
-        cells = [method, *([split] if several else [])]
-        for values in zip(*seeds):
-            known = [float(value) for value in values if value]
-            cells.append(f"{statistics.mean(known):.1f}" if known else "-")
-        table.append("| " + " | ".join(cells) + " |")
-    return "\n".join(["IoU of each class in percent, mean over the seeds:", "", *table])
+def columns_of(comparison: Comparison) -> Iterator[list[str]]:
+    """The table by columns, each with its title; those without any content are to be left out."""
+    rows = comparison.rows
+    several = len({row.split for row in rows}) > 1
+    yield ["method", *(row.label for row in rows)]
+    yield ["split", *(row.split if several else "" for row in rows)]
+    yield ["mean", *(in_digits(row.mean) for row in rows)]
+    yield ["sd", *("-" if math.isnan(row.spread) else in_digits(row.spread) for row in rows)]
+    yield ["rarest", *(in_digits(row.mean_of("rarest")) for row in rows)]
+    for seed in sorted({result.seed for row in rows for result in row.results}):
+        yield [f"seed {seed}", *(last_and_best(row, seed) for row in rows)]
+    yield ["time", *(minutes(row.mean_of("seconds")) for row in rows)]
+    yield ["memory", *(f"{max(result.memory for result in row.results)} MiB" for row in rows)]
+    measured = (in_digits(row.mean_of("measure")) for row in rows)
+    yield [f"{comparison.measure} at the end", *measured]
+    yield ["published", *(published_with_source(row) for row in rows)]
 
 
-def last_and_best(result: Result) -> str:
-    """ "52.40 (52.91)"."""
-    return f"{result.last:.2f} ({result.best:.2f})"
+def markdown(lines: list[tuple[str, ...]]) -> list[str]:
+    """A table, of which the first line is the head; "-" stands in empty cells."""
+    shown = [[cell.replace("|", "\\|") or "-" for cell in line] for line in lines]
+    head, *rest = ["| " + " | ".join(line) + " |" for line in shown]
+    return [head, "|---" * len(lines[0]) + "|", *rest]
+
+
+def last_and_best(row: Row, seed: int) -> str:
+    """ "52.40 (52.91)", or nothing for a seed that was not run."""
+    found = [result for result in row.results if result.seed == seed]
+    return f"{found[0].last:.2f} ({found[0].best:.2f})" if found else ""
 
 
 def minutes(seconds: float) -> str:
@@ -289,49 +294,72 @@ def minutes(seconds: float) -> str:
     return f"{seconds / 60:.1f} min"
 
 
-def all_hours(rows: list[Row]) -> str:
-    """The time of all runs."""
-    seconds = sum(result.seconds for row in rows for result in row.results)
-    return f"{seconds / 3600:.2f} hours"
-
-
-def published(row: Row) -> str:
+def published_with_source(row: Row) -> str:
     """The paper's figure, and where it is from if the title does not say so."""
     if row.published is None:
-        return "-"
-    return f"{row.published:.2f}" + (f" ({row.source})" if row.source else "")
+        return ""
+    return in_digits(row.published) + (f" ({row.source})" if row.source else "")
+
+
+def class_table(path: Path) -> str:
+    """Mean IoU of each class over the seeds, in Markdown, from NAME-classes.csv.
+
+    A class that a run neither met nor predicted does not count in its mean.
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        head, *lines = csv.reader(file)
+    runs: dict[tuple[str, str], list[list[str]]] = {}
+    for label, split, _, *values in lines:
+        runs.setdefault((label, split), []).append(values)
+    several = len({split for _, split in runs}) > 1
+
+    table = [("method", *(["split"] if several else []), *head[3:])]
+    for (label, split), seeds in runs.items():
+        means = []
+        for values in zip(*seeds):
+            known = [float(value) for value in values if value]
+            means.append(f"{statistics.mean(known):.1f}" if known else "")
+        table.append((label, *([split] if several else []), *means))
+    return "\n".join(["IoU of each class in percent, mean over the seeds:", "", *markdown(table)])
+
+
+# ------------------------------------------------------------------------------------ differences
 
 
 def differences(rows: list[Row]) -> list[str]:
-    """Each row against the first one of its split, seed by seed.
-
-    Beside it stands what is published, where both figures are of one table, and the difference over
-    the rarer half of the classes.
-    """
+    """Each row against the first one of its split, and against the one that it names."""
     lines = []
     for row in rows:
-        first = next(other for other in rows if other.split == row.split)
-        if row is first:
-            continue
-        line = f"- {row.label} against {first.label} at {row.split}: "
-        known = row.published is not None and first.published is not None
-        if known and row.source == first.source:
-            line += f"published {row.published - first.published:+.2f}, "
-        line += f"here {mean_with_interval(paired(row, first, 'last'))}"
-        rarest = paired(row, first, "rarest")
-        if rarest:
-            line += f"; rarest {mean_with_error(rarest)}"
-        lines.append(line)
+        first, *others = [other for other in rows if other.split == row.split]
+        if row is not first:
+            lines.append(difference(row, first))
+        lines += [difference(row, other) for other in others if other.label == row.against]
     return lines
 
 
-def paired(row: Row, first: Row, name: str) -> list[float]:
-    """The differences of a field between two rows, seed by seed; empty where a run lacks it."""
+def difference(row: Row, base: Row) -> str:
+    """A row against another one, seed by seed, over all classes and over the rarer half.
+
+    In front stands what is published, where both figures are of one table.
+    """
+    line = f"- {row.label} against {base.label} at {row.split}: "
+    both_published = row.published is not None and base.published is not None
+    if both_published and row.source == base.source:
+        line += f"published {row.published - base.published:+.2f}, "
+    line += f"here {mean_with_interval(paired(row, base, 'last'))}"
+    rarest = paired(row, base, "rarest")
+    return line + (f"; rarest {mean_with_error(rarest)}" if rarest else "")
+
+
+def paired(row: Row, base: Row, name: str) -> list[float]:
+    """The differences of a field between two rows for the seeds that both have; [] without it."""
+    theirs = {result.seed: getattr(result, name) for result in base.results}
     pairs = [
-        (getattr(ours, name), getattr(theirs, name))
-        for ours, theirs in zip(row.results, first.results)
+        (getattr(result, name), theirs[result.seed])
+        for result in row.results
+        if result.seed in theirs
     ]
-    return [] if any(None in pair for pair in pairs) else [ours - theirs for ours, theirs in pairs]
+    return [] if any(None in pair for pair in pairs) else [ours - other for ours, other in pairs]
 
 
 def standard_error(values: list[float]) -> float:
@@ -350,6 +378,8 @@ def mean_with_interval(values: list[float]) -> str:
 
     With n values the interval reaches t(0.975; n-1) standard errors to both sides.
     """
+    if not values:
+        return "no seed in common"
     mean, count = statistics.mean(values), len(values)
     if count == 1:
         return f"{mean:+.2f}, one seed"
@@ -361,6 +391,9 @@ def mean_with_interval(values: list[float]) -> str:
     )
 
 
+# ----------------------------------------------------------------------------------------- output
+
+
 def labels(rows: list[Row]) -> list[str]:
     """What the rows are called in a figure: with the split where there are several."""
     several = len({row.split for row in rows}) > 1
@@ -368,12 +401,18 @@ def labels(rows: list[Row]) -> list[str]:
 
 
 def write_table(path: Path) -> str:
-    """Make NAME.md and the figures of NAME.csv; returns the table."""
+    """Make NAME.md and the figures of NAME.csv; returns the table.
+
+    Raises:
+        InputError: it was not written by `common.compare`.
+    """
     from common import figures
 
     comparison = read_csv(path)
-    text = table(comparison) + "\n\n" + class_table(classes_file(path))
-    path.with_suffix(".md").write_text(text + "\n")
+    text = table(comparison)
+    if classes_file(path).exists():
+        text += "\n\n" + class_table(classes_file(path))
+    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     rows = comparison.rows
     values = [[result.last for result in row.results] for row in rows]
     figures.bars(labels(rows), values, path.with_suffix(".png"))

@@ -334,11 +334,11 @@ def test_sampling_and_weights_reach_the_loss(monkeypatch):
         return adaptive_loss(*inputs, rates=rates, gamma=gamma)
 
     monkeypatch.setattr(ael, "adaptive_loss", noted)
-    _, _, bank, *_ = some_steps("--gamma", "1.5", count=1)
+    _, _, bank, *_ = some_steps("--gamma", "1.5", "--labelled-consistency", count=1)
     torch.testing.assert_close(given[0][0], sampling_rates(bank, 1.0))
     assert given[0][1] == given[1][1] == 1.5
     some_steps("--no-aes", "--no-drw", count=1)
-    assert given[2] == given[3] == (None, 0.0)
+    assert given[2:] == [(None, 0.0)]
 
 
 def test_flags_leave_parts_out():
@@ -346,11 +346,11 @@ def test_flags_leave_parts_out():
     assert some_steps("--no-acp")[4][-1]["pasted"].item() == 0
     assert some_steps("--no-aes")[4][-1]["kept"].item() == 1
     assert some_steps("--no-acm")[4][-1]["found"].item() == 0
-    for flag in ("--no-drw", "--no-labelled-consistency", "--no-acm"):
+    for flag in ("--no-drw", "--labelled-consistency", "--no-acm"):
         assert some_steps(flag)[4][-1]["loss"].item() != everything["loss"].item()
-    # The term on labelled images is left out: what remains is smaller.
-    alone = some_steps("--no-labelled-consistency", "--no-aes")[4][0]
-    both = some_steps("--no-aes")[4][0]
+    # The term on labelled images is added.
+    alone = some_steps("--no-aes")[4][0]
+    both = some_steps("--labelled-consistency", "--no-aes")[4][0]
     assert alone["loss_unsup"].item() < both["loss_unsup"].item()
     assert alone["loss_sup"].item() == both["loss_sup"].item()
 

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -14,9 +15,9 @@ from conftest import ROOT, run
 from PIL import Image
 from test_scripts import same, start, wait_for, weights
 
-from common import InputError, compare, tables
-from common.compare import Runs
-from common.experiments import EXPERIMENTS, METHODS, Variant
+from common import InputError, compare, runner, tables
+from common.experiments import EXPERIMENTS, METHODS, Experiment, Variant
+from common.runner import Runs, Task, run_folder
 
 SHORT = ("--seeds", "1", "--max-iters", "4", "--crop-size", "32", "-b", "2")
 REST = ("--", "--eval-iters", "4", "--log-interval", "1", "--device", "cpu")
@@ -98,9 +99,48 @@ def test_a_comparison_that_is_stopped_goes_on(number: int, whole, tmp_path, capf
     assert same(weights(whole), weights(folder))
 
 
+STUB = """\
+import pathlib, signal, sys, time
+seed = next(flag for flag in sys.argv if flag.startswith("--seed=")).split("=")[1]
+folder = pathlib.Path("{folder}")
+signal.signal(signal.SIGTERM, lambda *_: ((folder / f"{{seed}}.stopped").touch(), sys.exit(0)))
+(folder / f"{{seed}}.started").touch()
+if seed == "100":
+    while not (folder / "101.started").exists():
+        time.sleep(0.01)
+    sys.exit(1)
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("failing", [True, False])
+def test_runs_beside_one_that_fails_are_stopped_and_none_is_started(
+    failing: bool, tmp_path, monkeypatch, capfd
+):
+    """Also after Ctrl-C, which here comes while two runs are under way."""
+    stub = tmp_path / "stub.py"
+    stub.write_text(STUB.format(folder=tmp_path))
+    command = ["--launcher", f"{sys.executable} {stub}", "--jobs", "2", "--seeds", "6"]
+    command += ["--first-seed", "100" if failing else "101", "--methods", "supervised"]
+    command += [*SHORT[2:], "--output", str(tmp_path / "out"), *REST]
+    if failing:
+        with pytest.raises(InputError, match=r"supervised.py .*--seed 100 .*: exit code 1"):
+            here(*command)
+    else:
+        process = start("-m", "common.compare", *command)
+        while not (tmp_path / "102.started").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
+    first = {"100", "101"} if failing else {"101", "102"}
+    assert {path.stem for path in tmp_path.glob("*.started")} == first
+    assert {path.stem for path in tmp_path.glob("*.stopped")} == first - {"100"}
+
+
 def test_a_run_that_fails_is_named(tmp_path, capfd):
     command = (*SHORT, "--methods", "cps", "--split", "3/4", "--output", tmp_path, *REST)
-    with pytest.raises(InputError, match=r"cps\.py ended with exit code 2"):
+    with pytest.raises(InputError, match=r"cps\.py --split 3/4 --seed 0 .*: exit code 2"):
         here(*command)
     assert "--split 3/4" in capfd.readouterr().err
 
@@ -111,7 +151,7 @@ def test_a_run_that_failed_at_its_start_takes_the_corrected_command(method: str,
     command = (*SHORT, *own, "--output", tmp_path, *REST, "--weights", "none")
     for folder in ("nowhere", "elsewhere"):
         # The second one is not refused as the setting of another run.
-        with pytest.raises(InputError, match="ended with exit code 2"):
+        with pytest.raises(InputError, match="exit code 2, its message is above"):
             here(*command, "--data-dir", folder)
         assert f"no folder {folder};" in capfd.readouterr().err
 
@@ -155,37 +195,50 @@ def test_runs_with_other_labelled_images_are_not_compared(tmp_path):
     assert compare.conditions([compared[0], other_split])
 
 
-def test_a_run_of_an_earlier_version_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"no .*iou\.csv: a run of an earlier version"):
-        compare.read_iou(tmp_path)
+def test_a_run_of_an_earlier_version_can_be_completed(tmp_path):
+    command = (*SHORT, "--methods", "supervised", "--output", tmp_path, *REST)
+    here(*command)
+    folder = tmp_path / "supervised" / "1-8-seed0"
+    iou = (folder / "iou.csv").read_text()
+    (folder / "iou.csv").unlink()
+    with pytest.raises(
+        InputError, match=r"earlier version, .*python supervised\.py --resume"
+    ) as no:
+        here(*command)
+    run(*str(no.value).split("; python ")[1].split(" writes")[0].split())
+    assert (folder / "iou.csv").read_text() == iou
+    here(*command)
+
+
+def test_a_measure_that_a_method_lacks_leaves_a_gap(tmp_path, monkeypatch):
+    variants = Variant("SupOnly", "supervised.py"), METHODS["cps_no_cutmix"]
+    monkeypatch.setitem(EXPERIMENTS, "test", Experiment("a test", variants, curve="overlap"))
+    here("--experiment", "test", *SHORT, "--output", tmp_path, *REST)
+    lines = (tmp_path / "test-1-8.md").read_text().splitlines()
+    assert lines[4].endswith("| overlap at the end |") and lines[6].endswith("| - |")
+    curves = tables.read_curves(tmp_path / "test-1-8-curve.csv")
+    assert list(curves) == ["CPS without CutMix"] and 4 in curves["CPS without CutMix"]
+    assert Image.open(tmp_path / "test-1-8-curve.png").width > 300
 
 
 def test_a_line_of_the_table_knows_what_is_published_at_its_split():
     runs = Runs(METHODS["psmt"], "1/8", [], [])
-    assert runs.row.published == 76.89 and runs.row.source == "its release"
+    assert runs.row.published == 76.89 and runs.row.source == "PS-MT's release"
     assert runs._replace(split="1/16").row.published is None
 
 
 def test_several_runs_at_a_time_give_the_table_of_one_at_a_time(tmp_path):
     command = (*SHORT, "--seeds", "2", "--first-seed", "100", "--methods", "supervised")
     for jobs in (1, 2):
-        out = run(
-            "-m",
-            "common.compare",
-            *command,
-            "--output",
-            tmp_path / str(jobs),
-            "--jobs",
-            jobs,
-            *REST,
-        )
+        places = ("--output", tmp_path / str(jobs), "--jobs", jobs)
+        out = run("-m", "common.compare", *command, *places, *REST)
     first, second = (
-        tables.read_csv(tmp_path / str(jobs) / "supervised-1-8.csv").rows[0].results
+        tables.read_csv(tmp_path / str(jobs) / "supervised-1-8-seeds100-101.csv").rows[0].results
         for jobs in (1, 2)
     )
     assert [result.seed for result in first] == [100, 101]
     assert [result.last for result in first] == [result.last for result in second]
-    assert out.stdout.index("seed 101 --max-iters 4: started") < out.stdout.index(" in 0.0 min")
+    assert [line.rsplit(" ", 1)[1] for line in out.stdout.splitlines()[:2]] == ["started"] * 2
 
 
 def test_every_variant_has_flags_that_exist():
@@ -196,14 +249,40 @@ def test_every_variant_has_flags_that_exist():
     for command in commands:
         script, *flags = shlex.split(command)
         importlib.import_module(script.removesuffix(".py")).parse_args(flags)
-        folders.add(compare.run_folder(Path("out"), Variant("", command), "1/8", 0))
+        folders.add(run_folder(Path("out"), Task(Variant("", command), "1/8", 0)))
     assert len(folders) == len(commands)
-    assert compare.run_folder(Path("out"), Variant("", "cps.py", times=2), "1/8", 0) not in folders
+    assert run_folder(Path("out"), Task(Variant("", "cps.py", times=2), "1/8", 0)) not in folders
 
 
 def test_methods_and_experiments_exclude_each_other():
     with pytest.raises(SystemExit):
         compare.parse_args(["--methods", "cps", "--experiment", "cps-fig5"])
+    with pytest.raises(SystemExit):
+        compare.parse_args(["--methods", "cps", "cps"])
+
+
+def test_lines_of_an_experiment_have_names_of_their_own():
+    for experiment in EXPERIMENTS.values():
+        labels = [variant.label for variant in experiment.variants]
+        assert len(set(labels)) == len(labels)
+        assert {variant.against for variant in experiment.variants} <= {"", *labels}
+
+
+def test_tables_of_other_seeds_stand_beside_one_another():
+    for flags, expected in (
+        ([], "methods-1-8"),
+        (["--first-seed", "100", "--seeds", "2"], "methods-1-8-seeds100-101"),
+    ):
+        args = compare.parse_args(flags)
+        assert compare.file_name("methods", EXPERIMENTS["methods"], args) == expected
+
+
+def test_the_folder_data_set_has_no_length_of_its_own():
+    args = compare.parse_args(["--data", "folder", "--", "--data-dir", "mine"])
+    task = Task(METHODS["cps"], "all", 0)
+    assert "--seed=0" in runner.command_line(task, args)[1]
+    with pytest.raises(InputError, match="give --max-iters"):
+        runner.command_line(task._replace(variant=Variant("twice", "cps.py", times=2)), args)
 
 
 def test_flags_change_what_all_runs_share_or_go_to_every_script():

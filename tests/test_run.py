@@ -168,6 +168,7 @@ def psmt_step(run: Run, rank: int) -> tuple[dict, dict]:
     return {"1": student, "teacher": teachers[0]}, measured
 
 
+MORE_OF_AEL = ["--labelled-consistency", "--no-aes", "--copy-classes", "30"]
 SURE_OF_LITTLE = ["--conf-thresh", "0.1"]  # as an untrained network is
 STEPS = {  # name -> script, flags, step
     "CPS": (cps, [], cps_step),
@@ -176,7 +177,7 @@ STEPS = {  # name -> script, flags, step
     "UniMatch": (unimatch, [*SURE_OF_LITTLE, "--feature-dropout", "0"], unimatch_step),
     "ClassMix": (mean_teacher, [*SURE_OF_LITTLE, "--classmix", "labelled"], classmix_step),
     # Which pixels AES keeps is drawn in each process.
-    "AEL": (ael, [*SURE_OF_LITTLE, "--no-aes", "--copy-classes", "30"], ael_step),
+    "AEL": (ael, [*SURE_OF_LITTLE, *MORE_OF_AEL], ael_step),
     "PS-MT": (psmt, SURE_OF_LITTLE, psmt_step),
 }
 

@@ -50,10 +50,38 @@ def test_differences_are_paired_and_have_errors():
 
 
 def test_published_figures_are_subtracted_within_one_table_alone():
-    first, other = row("first", [70.0], 75.0), row("other", [75.0], 77.0, source="its release")
+    first, other = row("first", [70.0], 75.0), row("other", [75.0], 77.0, source="a release")
     assert "published" not in tables.differences([first, other])[0]
-    assert tables.published(other) == "77.00 (its release)"
-    assert tables.published(first) == "75.00" and tables.published(row("new", [1.0])) == "-"
+    third = row("third", [75.0], 79.0, source="another release")
+    assert "published" not in tables.differences([other, third])[0]
+    assert tables.published_with_source(other) == "77.00 (a release)"
+    assert tables.published_with_source(first) == "75.00"
+    assert tables.published_with_source(other._replace(published=None)) == ""
+
+
+def test_a_row_is_compared_with_the_one_that_it_names_too():
+    rows = [row("first", [70.0]), row("b", [75.0]), row("c", [76.0], against="b")]
+    found = [line.split(", one seed")[0] for line in tables.differences(rows)]
+    assert found == [
+        "- b against first at 1/8: here +5.00",
+        "- c against first at 1/8: here +6.00",
+        "- c against b at 1/8: here +1.00",
+    ]
+    alone = [rows[0]._replace(against="first"), rows[2]._replace(against="first")]
+    assert len(tables.differences(alone)) == 1
+
+
+def test_seeds_are_paired_by_their_numbers():
+    first = row("first", [70.0, 71.0, 72.0])
+    later = row("later", [0.0, 72.0, 73.0])
+    later = later._replace(results=later.results[1:])  # seeds 1 and 2
+    assert "here +1.00, standard error 0.00" in tables.differences([first, later])[0]
+    for rows in ([first, later], [later, first]):
+        lines = tables.table(Comparison("t", "c", rows)).splitlines()
+        assert "| seed 0 | seed 1 | seed 2 |" in lines[4]
+        assert any("| - | 72.00 (73.00) | 73.00 (74.00) |" in line for line in lines)
+    other = later._replace(results=[later.results[0]._replace(seed=9)])
+    assert "no seed in common" in tables.differences([first, other])[0]
 
 
 def test_rows_of_other_splits_have_another_first_row():
@@ -72,7 +100,7 @@ def test_a_row_knows_its_mean_and_its_spread():
     assert math.isnan(row("one", [3.0]).spread)
 
 
-def test_the_table_is_made_from_the_csv_alone(tmp_path):
+def test_the_table_is_made_from_the_files_alone(tmp_path):
     results = [Result(seed, seed - 50.0, 60.0, 90.0, 300, 40.0, 12.5) for seed in (100, 101)]
     better = [result._replace(last=result.last + 2, rarest=44.0) for result in results]
     comparison = Comparison(
@@ -80,7 +108,7 @@ def test_the_table_is_made_from_the_csv_alone(tmp_path):
         "python -m common.compare --seeds 2",
         [
             Row("A, alone", "a.py --flag", "1/8", results, 70.1),
-            Row("B", "b.py", "1/8", better, 72.0, "its release"),
+            Row("B", "b.py", "1/8", better, 72.0, "its release", "A, alone"),
         ],
         "overlap",
         ("not alike in all runs: threads (1; 2)",),
@@ -108,7 +136,10 @@ def test_the_table_is_made_from_the_csv_alone(tmp_path):
         "| B | 52.50 | 0.71 | 44.00 | 52.00 (60.00) | 53.00 (60.00) | 1.5 min | 300 MiB | 12.50 "
         "| 72.00 (its release) |",
     ]
-    assert "- all runs together: 0.10 hours\n- not alike in all runs: threads (1; 2)\n" in text
+    assert (
+        "- sum of the times of all runs: 0.10 hours\n- not alike in all runs: threads (1; 2)\n"
+        in text
+    )
     assert "    python -m common.compare --seeds 2\n" in text
     assert text.splitlines()[-4:] == [
         "| method | background | bar |",
@@ -120,10 +151,26 @@ def test_the_table_is_made_from_the_csv_alone(tmp_path):
         assert Image.open(tmp_path / figure).width > 300
 
 
+def test_the_csv_holds_any_label(tmp_path):
+    labels = ("# a", 'b "c", d', "e|f", "ξ = 1e-6", "two\nlines")
+    rows = [row(label, [50.0], command="x.py") for label in labels]
+    comparison = Comparison("title # of; it", "command", rows)
+    path = tmp_path / "name.csv"
+    tables.write_csv(comparison, path)
+    assert tables.read_csv(path) == comparison
+    path.write_text(path.read_text(), encoding="utf-8-sig", newline="\r\n")  # as Excel does
+    assert tables.read_csv(path).rows[:4] == rows[:4]
+    assert "| e\\|f |" in tables.table(comparison)
+
+
 def test_another_csv_is_refused(tmp_path):
-    path = tmp_path / "metrics.csv"
-    path.write_text("iteration,miou\n10,0.5\n")
-    with pytest.raises(InputError, match=r"metrics\.csv was not written by common\.compare"):
-        tables.main([str(path)])
+    path = tmp_path / "name.csv"
+    tables.write_csv(Comparison("t", "c", [row("a", [50.0])]), path)
+    text = path.read_text()
+    others = ("", "iteration,miou\n10,0.5\n", text[:-20], text.replace("50.00", "fifty"))
+    for other in (*others, text.replace("# c\n# measure:\n", "")):
+        path.write_text(other)
+        with pytest.raises(InputError, match=r"name\.csv was not written by common\.compare"):
+            tables.main([str(path)])
     with pytest.raises(InputError, match="cannot read"):
         tables.main([str(tmp_path / "none.csv")])
