@@ -66,7 +66,8 @@ Differences from the paper and the released code (hzhupku/SemiSeg-AEL):
    below the threshold of voc add nothing to the loss, and their weight counts, as released. Padding
    counts nowhere; in the release it is image.
 7. Which pixels are kept is drawn for each image; in the release one map is shared by a batch.
-8. The teacher runs in train mode with BatchNorm statistics of its own, as released.
+8. The teacher runs in train mode with BatchNorm statistics of its own, as released. They are of
+   labelled and unlabelled images: it sees x_l' also where ŷ_l is not asked for.
 9. The network is this project's DeepLabv3+, ResNet-50 in the presets (released: ResNet-101,
    multi-grid), and images are antialiased when they are scaled down. In the release the teacher is
    not a copy of the student at first, but is one after the first iteration, d being 0.
@@ -347,7 +348,7 @@ def train_step(
     logits_l, loss_sup = supervise(student, images_l, target_l, args)
 
     # 4. x_m, ŷ_m, κ_m, with the classes that the bank calls weak before this batch
-    with torch.no_grad():
+    with torch.no_grad():  # x_l' also for the teacher's BatchNorm
         label_l, conf_l = teacher_labels(teacher(images_l), valid_l, args.conf_thresh)
     mixed = adaptive_cutmix(teacher, batch_u, bank, pool, iteration, args)
     images_m, label_m, conf_m, valid_m, found = mixed
@@ -356,7 +357,7 @@ def train_step(
     bank.update(logits_l.detach(), target_l)
     rates = sampling_rates(bank, args.sampling_exp) if args.aes else None
 
-    # 6. L_u = Σ w·CE / Σ w, on x_m and on x_l'
+    # 6. L_u = Σ w·CE / Σ w, on x_m; where it is asked for, on x_l' too
     logits_m = student(images_m)
     options = {"rates": rates, "gamma": args.gamma if args.drw else 0.0}
     loss_unsup, kept = adaptive_loss(logits_m, label_m, conf_m, valid_m, **options)

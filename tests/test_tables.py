@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from common import InputError, tables
@@ -149,6 +150,20 @@ def test_the_table_is_made_from_the_files_alone(tmp_path):
     ]
     for figure in ("name.png", "name-curve.png"):
         assert Image.open(tmp_path / figure).width > 300
+
+
+STORED = [
+    path
+    for path in sorted((ROOT / "common" / "results").glob("*/*.csv"))
+    if not path.stem.endswith(("-classes", "-curve"))
+]
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_stored_tables_are_those_of_their_csv(path):
+    text = tables.table(tables.read_csv(path))
+    text += "\n\n" + tables.class_table(tables.classes_file(path)) + "\n"
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == text
 
 
 def test_the_csv_holds_any_label(tmp_path):
