@@ -114,9 +114,7 @@ time.sleep(100)
 
 
 @pytest.mark.parametrize("failing", [True, False])
-def test_runs_beside_one_that_fails_are_stopped_and_none_is_started(
-    failing: bool, tmp_path, monkeypatch, capfd
-):
+def test_runs_beside_one_that_fails_are_stopped_and_none_is_started(failing: bool, tmp_path):
     """Also after Ctrl-C, which here comes while two runs are under way."""
     stub = tmp_path / "stub.py"
     stub.write_text(STUB.format(folder=tmp_path))
