@@ -28,6 +28,10 @@ Seeds on which settings are chosen should not be those on which they are reporte
 Flags after `--` go to every script, here those of another folder and of mixed precision:
 
     python -m common.compare --data voc -- --data-dir VOCdevkit --amp bf16
+
+and those of --method-flags to one method:
+
+    python -m common.compare --methods supervised u2pl --method-flags u2pl="--warmup-iters 300"
 """
 
 import argparse
@@ -41,7 +45,7 @@ from pathlib import Path
 
 from common import InputError, checkpoint, cli, tables
 from common.datasets import DATASETS
-from common.experiments import EXPERIMENTS, METHODS, Experiment
+from common.experiments import EXPERIMENTS, METHODS, Experiment, Variant
 from common.runner import Runner, Runs, Task, read_iou, read_metrics
 from common.tables import Comparison
 
@@ -190,6 +194,14 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="METHOD",
         help=f"of {', '.join(METHODS)}",
     )
+    parser.add_argument(
+        "--method-flags",
+        action="append",
+        type=method_flags,
+        default=[],
+        metavar="METHOD=FLAGS",
+        help="flags for one of the methods alone; may be given for several",
+    )
     named = ", ".join(EXPERIMENTS)
     parser.add_argument(
         "--experiment",
@@ -211,6 +223,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_shared_flags(parser)
     return parser
+
+
+def method_flags(text: str) -> tuple[str, str]:
+    """METHOD=FLAGS as a pair."""
+    method, equals, flags = text.partition("=")
+    if method not in METHODS or not equals or not flags.strip():
+        raise argparse.ArgumentTypeError(
+            f"{text}: give METHOD=FLAGS, the method one of {', '.join(METHODS)}"
+        )
+    return method, flags.strip()
 
 
 def add_shared_flags(parser: argparse.ArgumentParser) -> None:
@@ -248,9 +270,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             "--methods chooses rows of the comparison of all methods; "
             "leave it out with --experiment"
         )
-    for chosen in (args.methods or [], args.experiment or []):
+    flagged = [method for method, _ in args.method_flags]
+    for chosen in (args.methods or [], args.experiment or [], flagged):
         if len(chosen) > len(set(chosen)):
             parser.error(f"{' '.join(chosen)}: one of them twice")
+    if args.experiment and flagged:
+        parser.error("--method-flags is for the comparison of methods; leave out --experiment")
+    if unused := set(flagged) - set(args.methods or METHODS):
+        parser.error(f"--method-flags {' '.join(sorted(unused))}: not among --methods")
     given = {key: getattr(args, key) for key in SHARED_FLAGS if getattr(args, key) is not None}
     args.shared = {**SHARED[args.data], **given}
     args.rest, args.command = rest, "python -m common.compare " + shlex.join(argv)
@@ -279,11 +306,22 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"cannot write to {args.output}: {error.strerror}") from None
     for name in args.experiment or ["methods"]:
         experiment = EXPERIMENTS[name]
-        if args.methods:
-            chosen = tuple(METHODS[method] for method in args.methods)
-            experiment = experiment._replace(variants=chosen)
-            name = "+".join(args.methods)
+        if args.methods or args.method_flags:
+            chosen = args.methods or list(METHODS)
+            experiment = experiment._replace(variants=chosen_variants(chosen, args))
+            name = "+".join(args.methods) if args.methods else name
         write_reports(name, experiment, run_all(experiment, args), args)
+
+
+def chosen_variants(methods: list[str], args: argparse.Namespace) -> tuple[Variant, ...]:
+    """The rows of `methods`, each with its own flags."""
+    own = dict(args.method_flags)
+    return tuple(
+        METHODS[method]._replace(command=f"{METHODS[method].command} {own[method]}")
+        if method in own
+        else METHODS[method]
+        for method in methods
+    )
 
 
 def run_all(experiment: Experiment, args: argparse.Namespace) -> list[Runs]:

@@ -293,3 +293,26 @@ def test_flags_change_what_all_runs_share_or_go_to_every_script():
     with pytest.raises(SystemExit):  # each process would get the batch of all
         compare.parse_args(launcher)
     assert compare.parse_args([*launcher, "-b", "2"]).shared["batch_size"] == 2
+
+
+def test_flags_of_one_method_are_its_own(tmp_path, capsys):
+    flags = ("--methods", "supervised", "u2pl", "--output", str(tmp_path))
+    args = compare.parse_args([*flags, "--method-flags", "u2pl=--warmup-iters 3"])
+    chosen = compare.chosen_variants(args.methods, args)
+    assert [variant.command for variant in chosen] == [
+        "supervised.py",
+        "u2pl.py --warmup-iters 3",
+    ]
+    commands = [runner.command_line(Task(variant, "1/8", 0), args)[1] for variant in chosen]
+    settled = runner.settings("u2pl.py", commands[1])
+    assert settled.warmup_iters == 3 and "--warmup-iters" not in commands[0]
+    assert run_folder(tmp_path, Task(chosen[1], "1/8", 0)).parent.name == "u2pl_warmup-iters-3"
+
+    for wrong, said in (
+        ("cps=--soft", "not among --methods"),
+        ("unknown=--soft", "give METHOD=FLAGS"),
+        ("u2pl", "give METHOD=FLAGS"),
+    ):
+        with pytest.raises(SystemExit):
+            compare.parse_args([*flags, "--method-flags", wrong])
+        assert said in capsys.readouterr().err
