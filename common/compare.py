@@ -188,6 +188,24 @@ def make_parser() -> argparse.ArgumentParser:
         help="runs at a time, on one device (default: 1)",
     )
     parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder of runs and tables (default: runs/compare-DATA)",
+    )
+    parser.add_argument(
+        "--launcher",
+        default=shlex.quote(sys.executable),
+        help="such as 'torchrun --nproc_per_node 4'; needs -b",
+    )
+    add_choice_flags(parser)
+    add_shared_flags(parser)
+    return parser
+
+
+def add_choice_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that choose the rows."""
+    parser.add_argument(
         "--methods",
         nargs="+",
         choices=list(METHODS),
@@ -210,19 +228,6 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"instead: {named}",
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="folder of runs and tables (default: runs/compare-DATA)",
-    )
-    parser.add_argument(
-        "--launcher",
-        default=shlex.quote(sys.executable),
-        help="such as 'torchrun --nproc_per_node 4'; needs -b",
-    )
-    add_shared_flags(parser)
-    return parser
 
 
 def method_flags(text: str) -> tuple[str, str]:
