@@ -29,12 +29,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import ael
 import cps
 import mean_teacher
+import psmt
 import supervised
 import u2pl
 import unimatch
-from common import losses
+from common import adaptive, losses
 from common.deeplabv3plus import DeepLabV3Plus
 from common.run import place
 from kernels.timing import peak_cpu, time_cpu, time_gpu
@@ -73,6 +75,16 @@ USUAL = {
         (u2pl, "masked_percentile", usual_percentile),
         (u2pl, "drop_unreliable", usual_drop),
     ],
+    "ael": [
+        (adaptive, "pseudo_label", usual_pseudo_label),
+        (adaptive, "cross_entropy", usual_cross_entropy),
+        (losses, "cross_entropy", usual_cross_entropy),
+    ],
+    "psmt": [
+        (psmt, "pseudo_label", usual_pseudo_label),
+        (psmt, "cross_entropy", usual_cross_entropy),
+        (losses, "cross_entropy", usual_cross_entropy),
+    ],
 }
 
 
@@ -108,7 +120,7 @@ def settings(method: str, asked: argparse.Namespace) -> argparse.Namespace:
         return mean_teacher.parse_args([*flags, "--cutmix"])
     if method == "u2pl":
         return u2pl.parse_args([*flags, "--warmup-iters", "0"])
-    scripts = {each.__name__: each for each in (supervised, cps, mean_teacher, unimatch)}
+    scripts = {each.__name__: each for each in (supervised, cps, mean_teacher, unimatch, ael, psmt)}
     return scripts[method].parse_args(flags)
 
 
@@ -238,6 +250,46 @@ def u2pl_ways(args: argparse.Namespace, device: torch.device) -> tuple[Way, Way]
     )
 
 
+def ael_ways(args: argparse.Namespace, device: torch.device) -> tuple[Way, Way]:
+    """A step of AEL: the usual way, and with the kernels; both change the same bank and pool."""
+    student = place(ael.Network(args, CLASSES), args, device).train()
+    teacher = copy.deepcopy(student).requires_grad_(False).train()
+    optimizer = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
+    batch, learner = random_batch(args, device), trained(student, args)
+    bank = adaptive.ConfidenceBank(CLASSES, args.bank_momentum, device)
+    pool = adaptive.ImagePool(args.pool, CLASSES, args.crop_size, device)
+    allowed = torch.arange(1, CLASSES, device=device)
+
+    def step() -> Tensor:
+        batches = [batch, batch, batch]
+        loss = ael.train_step(learner, teacher, bank, pool, allowed, batches, 0, args)["loss"]
+        update(optimizer, loss)
+        ael.ema_update(teacher, student, args.ema_decay)
+        return loss
+
+    return Way(step, USUAL["ael"], []), Way(step, [], [])
+
+
+def psmt_ways(args: argparse.Namespace, device: torch.device) -> tuple[Way, Way]:
+    """A step of PS-MT with two teachers: the usual way, and with the kernels."""
+    student = place(psmt.Network.from_settings(args, CLASSES), args, device).train()
+    teachers = [copy.deepcopy(student).requires_grad_(False).train() for _ in range(args.teachers)]
+    optimizer = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
+    batch, learner = random_batch(args, device), trained(student, args)
+    batch["image_strong"] = batch["image"]
+    # Untrained networks are sure of nothing: every pixel has a label.
+    args.conf_thresh = 0.0
+
+    def step() -> Tensor:
+        both = batch, batch, args.unsup_weight
+        loss = psmt.train_step(learner, teachers, 0, *both, 0, args)["loss"]
+        update(optimizer, loss)
+        psmt.ema_update(teachers[0], student, args.ema_decay)
+        return loss
+
+    return Way(step, USUAL["psmt"], []), Way(step, [], [])
+
+
 def usual_contrast_loss(
     features: Tensor, features_t: Tensor, roles: tuple[Tensor, Tensor, Tensor], queues
 ) -> tuple[Tensor, Tensor]:
@@ -297,6 +349,8 @@ WAYS = {
     "mean_teacher": mean_teacher_ways,
     "cutmix_seg": mean_teacher_ways,
     "u2pl": u2pl_ways,
+    "ael": ael_ways,
+    "psmt": psmt_ways,
 }
 
 

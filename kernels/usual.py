@@ -12,16 +12,27 @@ from kernels import PseudoLabel, SoftConsistency
 
 
 def usual_cross_entropy(
-    logits: Tensor, target: Tensor, *, ignore_index: int = 255, reduction: str = "mean"
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = 255,
+    pixel_weight: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     """Interpolate to full resolution, unless there already, then call torch's cross-entropy.
 
-    That wants int64 labels.
+    That wants int64 labels, and takes no weights of pixels: those are multiplied with its map.
     """
     full = logits.float()
     if logits.shape[2:] != target.shape[1:]:
         full = F.interpolate(full, target.shape[1:], mode="bilinear", align_corners=True)
-    return F.cross_entropy(full, target.long(), ignore_index=ignore_index, reduction=reduction)
+    target = target.long()
+    if pixel_weight is None:
+        return F.cross_entropy(full, target, ignore_index=ignore_index, reduction=reduction)
+    each = pixel_weight * F.cross_entropy(full, target, ignore_index=ignore_index, reduction="none")
+    if reduction == "mean":
+        return each.sum() / (pixel_weight * (target != ignore_index)).sum()
+    return each.sum() if reduction == "sum" else each
 
 
 def autocast_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

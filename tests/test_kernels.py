@@ -26,9 +26,10 @@ from conftest import NATIVE, never_waiting, run, settings
 import cps
 import kernels
 import mean_teacher
+import psmt
 import u2pl
 import unimatch
-from common import datasets, losses, step
+from common import adaptive, datasets, losses, step
 from common.data import train_loader
 from common.deeplabv3plus import DeepLabV3Plus
 from common.run import to_device
@@ -1159,7 +1160,7 @@ def test_the_usual_step_calls_no_kernel(method, monkeypatch):
     called = []
     monkeypatch.setattr(step, "peak_cpu", lambda _: 10)
     monkeypatch.setattr("u2pl.CAPACITY", 100)
-    for module in (cps, mean_teacher, u2pl, unimatch, losses):
+    for module in (adaptive, cps, mean_teacher, psmt, u2pl, unimatch, losses):
         for name in kernels.__all__:
             if callable(getattr(module, name, None)):
                 noted = functools.partial(note_call, called, getattr(kernels, name))
@@ -1175,7 +1176,7 @@ def test_the_usual_step_calls_no_kernel(method, monkeypatch):
     monkeypatch.setattr(step, "time_cpu", call_once)
     step.compare_steps(method, argparse.Namespace(device="cpu", amp=None, compile=False))
     usual, with_kernels = calls[0::2], calls[1::2]
-    least = {"supervised": 1, "mean_teacher": 2, "cutmix_seg": 2}.get(method, 4)
+    least = {"supervised": 1, "mean_teacher": 2, "cutmix_seg": 2, "psmt": 3}.get(method, 4)
     assert usual == [0, 0] and min(with_kernels) >= least
 
 
