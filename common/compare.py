@@ -46,7 +46,7 @@ from pathlib import Path
 from common import InputError, checkpoint, cli, tables
 from common.datasets import DATASETS
 from common.experiments import EXPERIMENTS, METHODS, Experiment, Variant
-from common.runner import Runner, Runs, Task, read_iou, read_metrics
+from common.runner import Runner, Runs, Task, read_iou, read_metrics, slug
 from common.tables import Comparison
 
 # What all methods share: CPS's preset for the data set.
@@ -218,7 +218,8 @@ def add_choice_flags(parser: argparse.ArgumentParser) -> None:
         type=method_flags,
         default=[],
         metavar="METHOD=FLAGS",
-        help="flags for one of the methods alone; may be given for several",
+        help="flags for one method alone, such as u2pl='--warmup-iters 300'; "
+        "once for each method that gets some",
     )
     named = ", ".join(EXPERIMENTS)
     parser.add_argument(
@@ -231,13 +232,23 @@ def add_choice_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def method_flags(text: str) -> tuple[str, str]:
-    """METHOD=FLAGS as a pair."""
-    method, equals, flags = text.partition("=")
-    if method not in METHODS or not equals or not flags.strip():
+    """METHOD=FLAGS as a pair; of flags that all runs share none."""
+    method, _, flags = text.partition("=")
+    try:
+        tokens = shlex.split(flags)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+    if method not in METHODS or not tokens:
         raise argparse.ArgumentTypeError(
             f"{text}: give METHOD=FLAGS, the method one of {', '.join(METHODS)}"
         )
-    return method, flags.strip()
+    names = ("data", "split", "seed", "output_dir", "resume", *SHARED_FLAGS)
+    shared = {"-b", *("--" + name.replace("_", "-") for name in names)}
+    if refused := shared & {token.split("=")[0] for token in tokens}:
+        raise argparse.ArgumentTypeError(
+            f"{text}: {', '.join(sorted(refused))} is the same for all methods"
+        )
+    return method, shlex.join(tokens)
 
 
 def add_shared_flags(parser: argparse.ArgumentParser) -> None:
@@ -275,14 +286,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             "--methods chooses rows of the comparison of all methods; "
             "leave it out with --experiment"
         )
-    flagged = [method for method, _ in args.method_flags]
-    for chosen in (args.methods or [], args.experiment or [], flagged):
+    for chosen in (args.methods or [], args.experiment or []):
         if len(chosen) > len(set(chosen)):
             parser.error(f"{' '.join(chosen)}: one of them twice")
-    if args.experiment and flagged:
-        parser.error("--method-flags is for the comparison of methods; leave out --experiment")
-    if unused := set(flagged) - set(args.methods or METHODS):
-        parser.error(f"--method-flags {' '.join(sorted(unused))}: not among --methods")
+    check_method_flags(args, parser)
     given = {key: getattr(args, key) for key in SHARED_FLAGS if getattr(args, key) is not None}
     args.shared = {**SHARED[args.data], **given}
     args.rest, args.command = rest, "python -m common.compare " + shlex.join(argv)
@@ -291,6 +298,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.split = args.split or DATASETS[args.data].split
     args.output = args.output or Path("runs") / f"compare-{args.data}"
     return args
+
+
+def check_method_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse flags for a method that is not compared, and two methods that become one."""
+    flagged = [method for method, _ in args.method_flags]
+    if args.experiment and flagged:
+        parser.error("--method-flags is for the comparison of methods; leave out --experiment")
+    if len(flagged) > len(set(flagged)):
+        parser.error("--method-flags: give all flags of a method at once")
+    if unused := set(flagged) - set(args.methods or METHODS):
+        parser.error(f"--method-flags {' '.join(sorted(unused))}: not among --methods")
+    commands = [variant.command for variant in chosen_variants(args)]
+    if len(commands) > len(set(commands)):
+        parser.error("--method-flags makes two methods the same")
 
 
 def seeds(args: argparse.Namespace) -> range:
@@ -312,21 +333,24 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.experiment or ["methods"]:
         experiment = EXPERIMENTS[name]
         if args.methods or args.method_flags:
-            chosen = args.methods or list(METHODS)
-            experiment = experiment._replace(variants=chosen_variants(chosen, args))
+            experiment = experiment._replace(variants=chosen_variants(args))
             name = "+".join(args.methods) if args.methods else name
+            name += "".join(f"+{method}-{slug(flags)}" for method, flags in args.method_flags)
         write_reports(name, experiment, run_all(experiment, args), args)
 
 
-def chosen_variants(methods: list[str], args: argparse.Namespace) -> tuple[Variant, ...]:
-    """The rows of `methods`, each with its own flags."""
+def chosen_variants(args: argparse.Namespace) -> tuple[Variant, ...]:
+    """The rows of the methods, those with flags of their own named by them, too."""
     own = dict(args.method_flags)
-    return tuple(
-        METHODS[method]._replace(command=f"{METHODS[method].command} {own[method]}")
-        if method in own
-        else METHODS[method]
-        for method in methods
-    )
+    found = []
+    for method in args.methods or METHODS:
+        variant = METHODS[method]
+        if method in own:
+            variant = variant._replace(
+                label=f"{variant.label} ({own[method]})", command=f"{variant.command} {own[method]}"
+            )
+        found.append(variant)
+    return tuple(found)
 
 
 def run_all(experiment: Experiment, args: argparse.Namespace) -> list[Runs]:

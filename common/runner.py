@@ -60,9 +60,16 @@ def run_folder(out: Path, task: Task) -> Path:
 
     METHOD is the script, its flags and, unless once, how many times as long it trains.
     """
-    method = task.variant.command.replace(".py", "").replace(" --", "_").replace(" ", "-")
+    script, *flags = task.variant.command.split(" ", 1)
+    method = script.removesuffix(".py") + "".join(f"_{slug(each)}" for each in flags)
     longer = f"_x{task.variant.times}" if task.variant.times > 1 else ""
     return out / (method + longer) / f"{task.split.replace('/', '-')}-seed{task.seed}"
+
+
+def slug(flags: str) -> str:
+    """Flags as a part of a file's name: `--teachers 1 --xi 1e-6` becomes `teachers-1_xi-1e-6`."""
+    name = " ".join(shlex.split(flags)).removeprefix("--")
+    return re.sub(r"[^\w.,-]", "-", name.replace(" --", "_"))
 
 
 def parts(folder: Path) -> list[Path]:
@@ -237,7 +244,9 @@ class Runner:
         if result is None:
             started = is_started(folder)
             say(f"[{number}] {what}: {'resumed' if started else 'started'}")
-            flags = [f"--resume={folder}", *self.args.rest] if started else flags
+            if started:
+                own = shlex.split(task.variant.command)[1:]
+                flags = [f"--resume={folder}", *self.args.rest, *own]
             code = self.call([*shlex.split(self.args.launcher), script, *flags])
             result = read_result(folder, task.seed, self.measure)
             if code or result is None:

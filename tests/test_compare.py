@@ -295,24 +295,50 @@ def test_flags_change_what_all_runs_share_or_go_to_every_script():
     assert compare.parse_args([*launcher, "-b", "2"]).shared["batch_size"] == 2
 
 
-def test_flags_of_one_method_are_its_own(tmp_path, capsys):
+def test_flags_of_one_method_are_its_own(tmp_path):
     flags = ("--methods", "supervised", "u2pl", "--output", str(tmp_path))
-    args = compare.parse_args([*flags, "--method-flags", "u2pl=--warmup-iters 3"])
-    chosen = compare.chosen_variants(args.methods, args)
-    assert [variant.command for variant in chosen] == [
-        "supervised.py",
-        "u2pl.py --warmup-iters 3",
+    args = compare.parse_args([*flags, "--method-flags", "u2pl=--warmup-iters 3 --lr=0.5"])
+    variants = compare.chosen_variants(args)
+    assert [variant.label for variant in variants] == [
+        "SupOnly",
+        "U2PL (--warmup-iters 3 --lr=0.5)",
     ]
-    commands = [runner.command_line(Task(variant, "1/8", 0), args)[1] for variant in chosen]
+    commands = [runner.command_line(Task(variant, "1/8", 0), args)[1] for variant in variants]
     settled = runner.settings("u2pl.py", commands[1])
-    assert settled.warmup_iters == 3 and "--warmup-iters" not in commands[0]
-    assert run_folder(tmp_path, Task(chosen[1], "1/8", 0)).parent.name == "u2pl_warmup-iters-3"
+    assert (settled.warmup_iters, settled.lr) == (3, 0.5) and "--warmup-iters" not in commands[0]
+    folder = run_folder(tmp_path, Task(variants[1], "1/8", 0)).parent
+    assert folder == tmp_path / "u2pl_warmup-iters-3_lr-0.5"
 
-    for wrong, said in (
-        ("cps=--soft", "not among --methods"),
-        ("unknown=--soft", "give METHOD=FLAGS"),
-        ("u2pl", "give METHOD=FLAGS"),
-    ):
-        with pytest.raises(SystemExit):
-            compare.parse_args([*flags, "--method-flags", wrong])
-        assert said in capsys.readouterr().err
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["cps=--soft"], "not among --methods"),
+        (["unknown=--soft"], "give METHOD=FLAGS"),
+        (["u2pl"], "give METHOD=FLAGS"),
+        (["u2pl=--lr '0.5"], "No closing quotation"),
+        (["u2pl=--seed 7 -b 2"], "--seed, -b is the same for all methods"),
+        (["u2pl=--crop-size=96"], "--crop-size is the same for all methods"),
+        (["u2pl=--lr 0.5", "u2pl=--no-prt"], "all flags of a method at once"),
+        (["u2pl=--ael"], "makes two methods the same"),
+    ],
+)
+def test_flags_of_one_method_that_cannot_be_compared_are_refused(wrong: list[str], said, capsys):
+    given = [flag for each in wrong for flag in ("--method-flags", each)]
+    with pytest.raises(SystemExit):
+        compare.parse_args(["--methods", "supervised", "u2pl", "u2pl_ael", *given])
+    assert said in capsys.readouterr().err
+
+
+def test_a_stopped_run_with_flags_of_its_own_goes_on(tmp_path, capfd):
+    flags = (*SHORT, "--methods", "supervised", "--method-flags", "supervised=--lr 0.01")
+    flags = (*flags, "--output", tmp_path, *REST, "--lr", "0.02", "--save-interval", "1")
+    here(*flags)
+    folder = tmp_path / "supervised_lr-0.01" / "1-8-seed0"
+    log = (folder / "log.txt").read_text()
+    (folder / "log.txt").write_text(log.rsplit("miou_last", 1)[0])  # as if it had been stopped
+    here(*flags)
+    assert "resumed" in capfd.readouterr().out
+    assert (tmp_path / "supervised+supervised-lr-0.01-1-8.csv").is_file()
+    description = json.loads((folder / "args.json").read_text())["args"]
+    assert description["lr"] == 0.01
