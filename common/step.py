@@ -10,7 +10,14 @@ queues of keys in the host's memory, a loop over the classes, and a class's whol
 the device to draw from it. Both ways take the same negatives, the paper's, at most as many new
 ones a class and step. Both start with full banks, whose memory on the device counts.
 
-ST's and ST++'s steps are that of `supervised`. On a GPU the share of our kernels in a step is
+ST's and ST++'s steps are that of `supervised`. Of AEL and PS-MT the usual way replaces labels and
+losses alone: AEL's pool and its search for regions, and PS-MT's T-VAT are the same in both.
+
+A step here is forward, backward, a plain SGD step and the teacher's average. Every step has the
+same images in all roles. The loader, copies to the device, momentum, the schedule and the log are
+left out.
+
+On a GPU the share of our kernels in a step is
 printed, too: of the time that the GPU computes, by PyTorch's profiler.
 """
 
@@ -259,6 +266,8 @@ def ael_ways(args: argparse.Namespace, device: torch.device) -> tuple[Way, Way]:
     bank = adaptive.ConfidenceBank(CLASSES, args.bank_momentum, device)
     pool = adaptive.ImagePool(args.pool, CLASSES, args.crop_size, device)
     allowed = torch.arange(1, CLASSES, device=device)
+    # Untrained networks are sure of nothing: every pixel has a label.
+    args.conf_thresh = 0.0
 
     def step() -> Tensor:
         batches = [batch, batch, batch]
@@ -361,7 +370,7 @@ class Found(NamedTuple):
         seconds: median of a step.
         low, high: its 20th and 80th percentile.
         peak: bytes of a step's peak, with the bank's on the device.
-        busy: seconds of a step in which the GPU computes; None on a CPU.
+        busy: seconds of a step in which the GPU computes or copies; None on a CPU.
         share: of our kernels in them; None on a CPU.
     """
 
@@ -389,7 +398,7 @@ def measure(way: Way, device: torch.device) -> Found:
 
 
 def busy_and_share(step: Callable[[], Tensor]) -> tuple[float, float]:
-    """Seconds that a GPU computes in a step, and the share of our Triton kernels in them."""
+    """Seconds that a GPU computes or copies in a step, and the share of our Triton kernels."""
     options = {"activities": [torch.profiler.ProfilerActivity.CUDA], "acc_events": True}
     with torch.profiler.profile(**options) as profile:
         step()

@@ -1,6 +1,7 @@
 """The operations the usual way, at full resolution in PyTorch and NumPy.
 
-This is what the kernels are compared with: their arguments are those of the public functions.
+This is what the kernels are compared with. Their arguments are those of the public functions, as
+far as the scripts use them.
 """
 
 import numpy as np
@@ -21,8 +22,11 @@ def usual_cross_entropy(
 ) -> Tensor:
     """Interpolate to full resolution, unless there already, then call torch's cross-entropy.
 
-    That wants int64 labels, and takes no weights of pixels: those are multiplied with its map.
+    That wants int64 labels, and takes no weights of pixels: those are multiplied with its map, of
+    which there is no mean.
     """
+    if pixel_weight is not None and reduction == "mean":
+        raise ValueError("with pixel_weight the reduction is sum or none")
     full = logits.float()
     if logits.shape[2:] != target.shape[1:]:
         full = F.interpolate(full, target.shape[1:], mode="bilinear", align_corners=True)
@@ -30,8 +34,6 @@ def usual_cross_entropy(
     if pixel_weight is None:
         return F.cross_entropy(full, target, ignore_index=ignore_index, reduction=reduction)
     each = pixel_weight * F.cross_entropy(full, target, ignore_index=ignore_index, reduction="none")
-    if reduction == "mean":
-        return each.sum() / (pixel_weight * (target != ignore_index)).sum()
     return each.sum() if reduction == "sum" else each
 
 
