@@ -110,7 +110,7 @@ CASES = [
     ((2, 2, 5, 7), (17, 25), True),
     ((1, 19, 5, 6), (17, 21), True),
     ((1, 21, 2, 129), (5, 513), True),  # a band of 129 -> 513
-    ((1, 150, 3, 3), (9, 9), True),
+    ((1, 150, 2, 3), (5, 9), True),
     ((1, 3, 12, 12), (51, 51), True),
     ((1, 2, 16, 16), (64, 64), True),
     ((2, 2, 16, 16), (64, 64), False),
@@ -727,19 +727,17 @@ def test_memory_contrast_of_equal_vectors_and_of_opposite_ones(where):
 
 @pytest.mark.parametrize("size", [(5, 7), (2, 3)])
 def test_gradcheck(size, where):
+    """Interpreted along random directions: every element by itself would take two minutes."""
     impl, device = where
+    gradcheck = functools.partial(torch.autograd.gradcheck, fast_mode=impl == "triton")
     logits, target = example((1, 3, 2, 3), size, device, ignored=False)
     target[:, 0, :2] = 255
     weight = torch.rand(target.shape, dtype=torch.float64, device=device)
-    assert torch.autograd.gradcheck(
-        lambda x: cross_entropy(x, target, impl=impl), logits.requires_grad_()
-    )
-    assert torch.autograd.gradcheck(
-        lambda x: cross_entropy(x, target, pixel_weight=weight, impl=impl), logits
-    )
+    assert gradcheck(lambda x: cross_entropy(x, target, impl=impl), logits.requires_grad_())
+    assert gradcheck(lambda x: cross_entropy(x, target, pixel_weight=weight, impl=impl), logits)
     targets, second, mask = logits.detach().flip(1), logits.detach().roll(1, 1), target == 1
     for mode in MODES:
-        assert torch.autograd.gradcheck(
+        assert gradcheck(
             lambda x, mode=mode: (
                 soft_consistency(
                     x, targets, target != 255, mode=mode, mask=mask, second=second, impl=impl
@@ -748,7 +746,7 @@ def test_gradcheck(size, where):
             logits,
         )
     (anchors, *others), _, _ = contrast_example(2, 2, 3, 4, torch.float64, device)
-    assert torch.autograd.gradcheck(lambda x: memory_contrast(x, *others, impl=impl), anchors)
+    assert gradcheck(lambda x: memory_contrast(x, *others, impl=impl), anchors)
 
 
 # On a CPU opcheck's compiled part runs the op itself, interpreted, and so takes seconds each.
