@@ -38,7 +38,6 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -517,7 +516,8 @@ def parse_args() -> argparse.Namespace:
     add("--provider", type=lambda text: text.split(","), default=[], help=every)
     add("--check", action="store_true", help="compare the providers' results, time nothing")
     add("--csv", metavar="FILE", help="write the rows there, with machine and versions in each")
-    add("--plot", metavar="FILE", help="draw the medians as bars")
+    add("--plot", metavar="FILE", help="draw the times as bars")
+    add("--rows", metavar="FILE", help="time nothing: draw what an earlier --csv has written there")
     add("--device", choices=["cuda", "cpu"], default="cuda", help="(default: cuda)")
     args = parser.parse_args()
     if args.device == "cpu" and args.op == "cross_entropy_full":
@@ -525,6 +525,8 @@ def parse_args() -> argparse.Namespace:
             "--op cross_entropy_full: on a CPU that is torch's own cross-entropy, "
             "nothing to compare"
         )
+    if args.rows and not args.plot:
+        parser.error("--rows is for --plot")
     known = ["eager", "autocast", "torch"]
     known += ["compile", "triton"] if args.device == "cuda" else []
     if not set(args.provider) <= set(known):
@@ -544,6 +546,10 @@ def gates_of(shape: Shape, dtype: str, machine: Machine) -> dict[str, float]:
 def main() -> None:
     """Time what the command line asks for."""
     args = parse_args()
+    if args.rows:
+        with open(args.rows, newline="") as file:
+            plot(list(csv.DictReader(file)), args.plot)
+        return
     cuda = args.device == "cuda"
     if cuda and not torch.cuda.is_available():
         print("no CUDA device is visible: nothing timed (--device cpu times the references)")
@@ -590,41 +596,49 @@ def write_rows(rows: list[dict], path: str) -> None:
 
 
 def plot(rows: list[dict], path: str) -> None:
-    """Bars of the medians, an axis for each shape."""
+    """Bars of the time of a call, from the graph where there is one; an axis for each shape."""
     import matplotlib.pyplot as plt
 
-    shapes = list(dict.fromkeys(str(row["shape"]) for row in rows))
+    shapes = list(dict.fromkeys(f"{row['shape']}, {row['dtype']}" for row in rows))
+    providers = dict.fromkeys(row["provider"] for row in rows)
+    colours = {provider: f"C{i}" for i, provider in enumerate(providers)}
     figure, axes = plt.subplots(
-        1, len(shapes), figsize=(6 * len(shapes), 4), squeeze=False, layout="constrained"
+        len(shapes), 1, figsize=(10, 3 * len(shapes)), squeeze=False, layout="constrained"
     )
-    for axis, shape in zip(axes[0], shapes, strict=True):
-        here = [row for row in rows if str(row["shape"]) == shape]
-        ops = list(dict.fromkeys(row["op"] for row in here))
-        providers = list(dict.fromkeys(row["provider"] for row in here))
-        for i, provider in enumerate(providers):
-            heights = [
-                next(
-                    (
-                        float(r["median_us"])
-                        for r in here
-                        if (r["op"], r["provider"]) == (op, provider)
-                    ),
-                    0,
-                )
-                for op in ops
-            ]
-            axis.bar(
-                np.arange(len(ops)) + i * 0.8 / len(providers),
-                heights,
-                0.8 / len(providers),
-                label=provider,
-            )
-        axis.set(title=shape, ylabel="median (µs)", yscale="log")
-        axis.set_xticks(
-            np.arange(len(ops)) + 0.4 - 0.4 / len(providers), ops, rotation=30, ha="right"
-        )
-        axis.legend()
-    figure.savefig(path, dpi=100)
+    for axis, shape in zip(axes[:, 0], shapes, strict=True):
+        times = {
+            (row["op"], row["provider"]): float(row["graph_us"] or row["median_us"])
+            for row in rows
+            if f"{row['shape']}, {row['dtype']}" == shape
+        }
+        draw_bars(axis, times, colours)
+        axis.set(title=shape, ylabel="time (µs)", yscale="log")
+    figure.legend(
+        [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()],
+        colours,
+        loc="outside lower center",
+        ncols=len(colours),
+    )
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def draw_bars(axis, times: dict[tuple[str, str], float], colours: dict[str, str]) -> None:
+    """A group of bars for each operation, a colour for each provider.
+
+    Args:
+        axis: of matplotlib.
+        times: (operation, provider) -> microseconds.
+        colours: provider -> colour.
+    """
+    width = 0.8 / len(colours)
+    ops = list(dict.fromkeys(op for op, _ in times))
+    for place, op in enumerate(ops):
+        here = [provider for provider in colours if (op, provider) in times]
+        for i, provider in enumerate(here):
+            at = place + (i - (len(here) - 1) / 2) * width
+            axis.bar(at, times[op, provider], width, color=colours[provider])
+    axis.set_xticks(range(len(ops)), ops, rotation=20, ha="right")
 
 
 if __name__ == "__main__":

@@ -1114,6 +1114,10 @@ def test_the_benchmark_checks_and_times_every_operation(tmp_path):
         for provider in ("eager", "torch")
     }
     assert all(float(row["median_us"]) > 0 and row["gate"] == "" for row in rows)
+    again = ("--rows", tmp_path / "rows.csv", "--plot", tmp_path / "again.png")
+    assert run(*command, *again).stdout == ""
+    bars = [(tmp_path / name).read_bytes() for name in ("bars.png", "again.png")]
+    assert len(bars[0]) > 5000 and bars[0] == bars[1]
     assert "nothing to compare" in run(*command, "--op", "cross_entropy_full", expect=2).stderr
     assert "NxCxhxw:HxW" in run(*command, "--shape", "3x9", expect=2).stderr
     small = ("--shape", "1x3x9x9:33x33", "--op", "label alone")
