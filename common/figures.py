@@ -89,10 +89,11 @@ def grid(
         columns: title -> (H,W,3) uint8 images, one a row.
         data: classes and colours.
         path: of the PNG.
-        side: of a cell, inches.
+        side: width of a cell, inches; it is as high as the image that is highest for its width.
     """
     rows = len(next(iter(columns.values())))
-    size = side * len(columns), side * rows + 0.5
+    height = side * max(len(x) / len(x[0]) for images in columns.values() for x in images)
+    size = side * len(columns), height * rows + 0.5
     figure, axes = pyplot().subplots(
         rows, len(columns), figsize=size, squeeze=False, layout="constrained"
     )
