@@ -17,8 +17,8 @@ A step here is forward, backward, a plain SGD step and the teacher's average. Ev
 same images in all roles. The loader, copies to the device, momentum, the schedule and the log are
 left out.
 
-On a GPU the share of our kernels in a step is
-printed, too: of the time that the GPU computes, by PyTorch's profiler.
+On a GPU the share of our kernels in a step is printed, too: of the time that the GPU computes, by
+PyTorch's profiler.
 """
 
 import argparse
@@ -290,8 +290,9 @@ def psmt_ways(args: argparse.Namespace, device: torch.device) -> tuple[Way, Way]
     args.conf_thresh = 0.0
 
     def step() -> Tensor:
-        both = batch, batch, args.unsup_weight
-        loss = psmt.train_step(learner, teachers, 0, *both, 0, args)["loss"]
+        weight, active, iteration = args.unsup_weight, 0, 0
+        measured = psmt.train_step(learner, teachers, active, batch, batch, weight, iteration, args)
+        loss = measured["loss"]
         update(optimizer, loss)
         psmt.ema_update(teachers[0], student, args.ema_decay)
         return loss

@@ -19,7 +19,7 @@ second launch adds up the programs' sums.
 It is bound by instructions instead: two exponentials and about 22 instructions a pixel and class.
 (`python -m kernels.aot`, sm_90: 96 registers for 129 -> 513, 112 for 128 -> 512, nothing spilled;
 to issue the instructions for a batch of 8 takes an H200 at least 34 and 42 µs at 1.755 GHz.
-Measured, with the launches around it: 82 and 101 µs.)
+Measured, with the launches around it, of which the last has changed since: 82 and 101 µs.)
 
 Each lane owns a cell (see `interpolation.py`) and passes over the classes three times: for the
 maximum, for the sum of exponentials, and for the gradient, which it collapses to the cell's four
