@@ -26,6 +26,17 @@ class Variant(NamedTuple):
     source: str = ""
     against: str = ""
 
+    def published_at(self, split: str) -> tuple[float | None, str]:
+        """The paper's mIoU at a split, and where it is from.
+
+        Of a paper that has one split alone it is the figure at that one, and the source says so.
+        """
+        found = self.published or {}
+        if len(found) == 1 and split not in found:
+            [(other, miou)] = found.items()
+            return miou, f"{self.source} at {other}".strip()
+        return found.get(split), self.source
+
 
 class Experiment(NamedTuple):
     """Rows that are compared with the first one.
@@ -97,6 +108,19 @@ EXPERIMENTS = {
             Variant("CPS", "cps.py", at_four(74.48, 76.44, 77.68, 78.64)),
         ),
         splits=FOUR,
+    ),
+    "cps-weight": Experiment(
+        "CutMix and the weight λ of CPS, one at a time",
+        (
+            Variant("without CutMix, λ = 0.5", "cps.py --no-cutmix --cps-weight 0.5"),
+            Variant("without CutMix, λ = 1.5", "cps.py --no-cutmix --cps-weight 1.5"),
+            Variant("CutMix, λ = 0.5", "cps.py --cps-weight 0.5"),
+            Variant(
+                "CutMix, λ = 1.5",
+                "cps.py --cps-weight 1.5",
+                against="without CutMix, λ = 1.5",
+            ),
+        ),
     ),
     "cps-fig5": Experiment(
         "CPS against self-training, CPS Fig. 5 "

@@ -41,13 +41,14 @@ class Runs(NamedTuple):
     def row(self) -> Row:
         """The line of the table."""
         variant = self.variant
+        published, source = variant.published_at(self.split)
         return Row(
             variant.label,
             variant.command,
             self.split,
             self.results,
-            (variant.published or {}).get(self.split),
-            variant.source,
+            published,
+            source,
             variant.against,
         )
 

@@ -3,7 +3,8 @@
     python -m common.tables OUT/NAME.csv
 
 Next to NAME.csv this writes NAME.md and NAME.png, as `common.compare` did. Where they are there, it
-reads NAME-classes.csv, too, and NAME-curve.csv, of which it makes NAME-curve.png.
+reads NAME-classes.csv, too, and NAME-curve.csv, of which it makes NAME-curve.png. With --summary it
+writes nothing and prints a table of the means, without the single seeds, for a page.
 
 NAME.csv begins with comment lines: what is compared, the command that ran it, the measure that it
 is about, and notes. A row is a run:
@@ -323,6 +324,30 @@ def class_table(path: Path) -> str:
     return "\n".join(["IoU of each class in percent, mean over the seeds:", "", *markdown(table)])
 
 
+def summary(comparison: Comparison) -> list[str]:
+    """A table of the means in Markdown, without single seeds, times and memory.
+
+    The differences to the first row of each split, and those of the published figures, stand in it
+    instead of below it.
+    """
+    rows = comparison.rows
+    bases = [next(base for base in rows if base.split == row.split) for row in rows]
+    several = len({row.split for row in rows}) > 1
+    columns = [
+        ["method", *(f"{row.label}, `{row.command}`" for row in rows)],
+        ["split", *(row.split if several else "" for row in rows)],
+        ["mean", *(in_digits(row.mean) for row in rows)],
+        ["sd", *("" if math.isnan(row.spread) else in_digits(row.spread) for row in rows)],
+        [
+            f"minus {rows[0].label} (s.e.)",
+            *(short_difference(row, base) for row, base in zip(rows, bases)),
+        ],
+        ["rarest", *(in_digits(row.mean_of("rarest")) for row in rows)],
+        ["published", *(published_with_gain(row, base) for row, base in zip(rows, bases))],
+    ]
+    return markdown(list(zip(*(column for column in columns if any(column[1:])))))
+
+
 # ------------------------------------------------------------------------------------ differences
 
 
@@ -349,6 +374,24 @@ def difference(row: Row, base: Row) -> str:
     line += f"here {mean_with_interval(paired(row, base, 'last'))}"
     rarest = paired(row, base, "rarest")
     return line + (f"; rarest {mean_with_error(rarest)}" if rarest else "")
+
+
+def short_difference(row: Row, base: Row) -> str:
+    """ "+1.96 (0.41)": the mean difference, seed by seed, and its standard error."""
+    values = [] if row is base else paired(row, base, "last")
+    if not values:
+        return ""
+    error = f" ({standard_error(values):.2f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):+.2f}{error}"
+
+
+def published_with_gain(row: Row, base: Row) -> str:
+    """ "74.37 (+1.84)", the gain where both figures are of one table; else their source."""
+    both_published = row.published is not None and base.published is not None
+    if row is base or not both_published or row.source != base.source:
+        return published_with_source(row)
+    source = f"{row.source}, " if row.source else ""
+    return f"{in_digits(row.published)} ({source}{row.published - base.published:+.2f})"
 
 
 def paired(row: Row, base: Row, name: str) -> list[float]:
@@ -434,8 +477,11 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="NAME.csv")
-    for path in parser.parse_args(argv).files:
-        print(write_table(path) + "\n")
+    parser.add_argument("--summary", action="store_true", help="print the means; write nothing")
+    args = parser.parse_args(argv)
+    for path in args.files:
+        text = "\n".join(summary(read_csv(path))) if args.summary else write_table(path)
+        print(text + "\n")
 
 
 if __name__ == "__main__":

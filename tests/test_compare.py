@@ -225,6 +225,13 @@ def test_a_line_of_the_table_knows_what_is_published_at_its_split():
     assert runs._replace(split="1/16").row.published is None
 
 
+def test_the_figure_of_a_paper_with_one_split_says_at_which_it_was_published():
+    variant = Variant("DRW", "ael.py", {"1/16": 73.85})
+    assert variant.published_at("1/16") == (73.85, "")
+    assert variant.published_at("1/8") == (73.85, "at 1/16")
+    assert variant._replace(source="a release").published_at("1/8")[1] == "a release at 1/16"
+
+
 def test_several_runs_at_a_time_give_the_table_of_one_at_a_time(tmp_path):
     command = (*SHORT, "--seeds", "2", "--first-seed", "100", "--methods", "supervised")
     for jobs in (1, 2):

@@ -1,6 +1,7 @@
 """The tables of comparisons: their arithmetic, and that they can be made from the csv alone."""
 
 import math
+import re
 
 import pytest
 from conftest import ROOT
@@ -152,6 +153,26 @@ def test_the_table_is_made_from_the_files_alone(tmp_path):
         assert Image.open(tmp_path / figure).width > 300
 
 
+def test_the_summary_has_means_and_differences_to_the_first_row_of_the_split():
+    rows = [
+        row("first", [70.0, 71.0, 72.0], 75.0),
+        row("gains", [72.0, 74.0, 76.0], 77.0),
+        row("elsewhere", [70.0, 71.0, 72.0], 80.0, source="a release"),
+        row("at a quarter", [80.0], split="1/4"),
+        row("better at a quarter", [81.5], split="1/4"),
+    ]
+    assert tables.summary(Comparison("title", "command", rows)) == [
+        "| method | split | mean | sd | minus first (s.e.) | rarest | published |",
+        "|---|---|---|---|---|---|---|",
+        "| first, `first.py` | 1/8 | 71.00 | 1.00 | - | 35.50 | 75.00 |",
+        "| gains, `gains.py` | 1/8 | 74.00 | 2.00 | +3.00 (0.58) | 37.00 | 77.00 (+2.00) |",
+        "| elsewhere, `elsewhere.py` | 1/8 | 71.00 | 1.00 | +0.00 (0.00) | 35.50 "
+        "| 80.00 (a release) |",
+        "| at a quarter, `at a quarter.py` | 1/4 | 80.00 | - | - | 40.00 | - |",
+        "| better at a quarter, `better at a quarter.py` | 1/4 | 81.50 | - | +1.50 | 40.75 | - |",
+    ]
+
+
 STORED = [
     path
     for path in sorted((ROOT / "common" / "results").glob("*/*.csv"))
@@ -164,6 +185,16 @@ def test_stored_tables_are_those_of_their_csv(path):
     text = tables.table(tables.read_csv(path))
     text += "\n\n" + tables.class_table(tables.classes_file(path)) + "\n"
     assert path.with_suffix(".md").read_text(encoding="utf-8") == text
+
+
+def test_the_page_of_results_shows_the_stored_figures():
+    page = (ROOT / "common" / "results" / "README.md").read_text(encoding="utf-8")
+    blocks = [block.splitlines() for block in re.findall(r"(?:^\|.*\n)+", page, re.M)]
+    shown = [block for block in blocks if "(s.e.) | rarest |" in block[0]]
+    stored = [sorted(tables.summary(tables.read_csv(path))) for path in STORED]
+    assert shown
+    for block in shown:  # the page may choose the order of the rows
+        assert sorted(block) in stored, block
 
 
 def test_the_csv_holds_any_label(tmp_path):
