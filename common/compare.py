@@ -11,7 +11,7 @@ by experiment (or methods) and split:
 
     NAME.csv                every run: mIoU of the last and of the best evaluation; time; memory
     NAME.md                 the table: mean and standard deviation, and each seed
-    NAME.png                bars with the standard deviation
+    NAME.png                every seed, the means and the standard deviations
     NAME-curve.csv, .png    a measure over the iterations, for the experiments that are about one
     NAME-classes.csv        IoU of each class of every run; their means are in NAME.md, too
     NAME-predictions.png    image by image: input, target, prediction of each method (first seed)

@@ -360,20 +360,22 @@ def contact_sheet(data: DataSource, path: Path, count: int = 24, columns: int = 
 # ------------------------------------------------------------------------------- of a comparison
 
 
-def bars(labels: list[str], values: list[list[float]], path: Path) -> None:
-    """Means of the mIoU in percent as bars, with the standard deviation, and each seed as a dot."""
-    size = 1.6 + 0.9 * len(labels), 3.8
+def dots(labels: list[str], values: list[list[float]], path: Path) -> None:
+    """A line for each label: mIoU in percent of every seed, their mean and standard deviation.
+
+    The dashed line is the first label's mean, with which the others are compared.
+    """
+    size = 6.0, 0.9 + 0.28 * len(labels)
     figure, axis = pyplot().subplots(figsize=size, layout="constrained")
+    axis.axvline(np.mean(values[0]), color="grey", linestyle="--", linewidth=1)
     for place, seeds in enumerate(values):
         deviation = np.std(seeds, ddof=1) if len(seeds) > 1 else 0.0
-        axis.bar(place, np.mean(seeds), yerr=deviation, capsize=4, color="tab:blue", alpha=0.7)
-        axis.scatter([place] * len(seeds), seeds, s=10, color="black", zorder=3)
-    lowest, highest = min(map(min, values)), max(map(max, values))
-    margin = highest - lowest
-    axis.set_ylim(max(0.0, lowest - 2 * margin - 1), highest + 0.3 * margin + 1)
-    axis.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=8)
-    axis.set_ylabel("mIoU, % (axis cut)")
-    axis.grid(axis="y", alpha=0.3)
+        axis.scatter(seeds, [place] * len(seeds), s=12, color="tab:orange", alpha=0.8)
+        axis.errorbar(np.mean(seeds), place, xerr=deviation, fmt="o", capsize=3, color="tab:blue")
+    axis.set_yticks(range(len(labels)), labels)
+    axis.invert_yaxis()  # in the order of the table
+    axis.set_xlabel("mIoU, %: seeds, mean and standard deviation")
+    axis.grid(axis="x", alpha=0.3)
     save(figure, path)
 
 

@@ -458,7 +458,7 @@ def write_table(path: Path) -> str:
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     rows = comparison.rows
     values = [[result.last for result in row.results] for row in rows]
-    figures.bars(labels(rows), values, path.with_suffix(".png"))
+    figures.dots(labels(rows), values, path.with_suffix(".png"))
     curves = curve_file(path)
     if curves.exists():
         figures.measure_curves(read_curves(curves), comparison.measure, curves.with_suffix(".png"))
