@@ -14,7 +14,7 @@ initialisation, teach each other: the hard labels of one are the targets of the 
                                                                 +----------------+--> L_cps
 
 1. Take labelled images x_l and two independent unlabelled batches u0, u1.
-2. Supervise both networks (cityscapes: on the hard pixels, OHEM):                       [section 3]
+2. Supervise both networks (cityscapes: online hard example mining, OHEM):               [section 3]
        L_s = CE(f1(x_l), y) + CE(f2(x_l), y)
 3. Draw a mask m for each image: three boxes, XOR-ed. Each covers a/3 of the image, with a from
    U(1/4, 1/2).
@@ -44,10 +44,11 @@ Differences from the paper and the released code:
    and padded pixels count in L_cps.
 3. Without CutMix, L_cps is one mean over labelled and unlabelled pixels, as released; the paper
    adds two means. The release has no CPC; --soft follows the paper.
-4. One process does what 4 (voc) or 8 (cityscapes) do in the release, which divides the gradient by
-   their number once more than an average does. PRESETS rescale learning rate and weight decay
-   accordingly. The updates are then the same where all processes have equally many valid pixels:
-   the release averages the means of its processes, while here every pixel weighs the same.
+4. One process does what P = 4 (voc) or 8 (cityscapes) do in the release. There the loss is divided
+   by P before the gradients are averaged, so that its gradient is g/P. PRESETS have a P-th of its
+   learning rate and P times its weight decay, which comes to the same. The updates are then equal
+   where all processes have equally many valid pixels: the release averages the means of its
+   processes, while here every pixel weighs the same.
 5. OHEM compares the pixels of all images of a process. The release does so, too, but has one image
    on each of its 8 processes: every image keeps its own hardest pixels.
 6. Images of VOC are evaluated whole; the release pads them to 512 pixels. On Cityscapes the
@@ -136,8 +137,9 @@ VOC = {
     "batch_size": 8,
     "crop_size": 512,
     "scale": "0.5,0.75,1,1.5,1.75,2",
-    # Released: 0.0025 times 4 processes with decay 1e-4, and a gradient that is a quarter of the
-    # average's (difference 4).
+    # Released: lr = 0.01 (0.0025 times 4 processes) with decay wd = 1e-4, and g/4 instead of the
+    # averaged gradient g (difference 4). An SGD step is the same with a quarter of the rate and
+    # four times the decay: lr·(g/4 + wd·θ) = (lr/4)·(g + 4·wd·θ).
     "lr": 0.0025,
     "head_lr_mult": 1.0,
     "weight_decay": 4e-4,
@@ -190,7 +192,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--cps-weight",
         type=float,
         metavar="λ",
-        help="of L_cps (default: 1, cityscapes 5; without CutMix 1.5 and 6)",
+        help="of L_cps (default: 1, shapes 0.5, cityscapes 5; without CutMix 1.5, cityscapes 6)",
     )
     given, _ = parser.parse_known_args(argv)
     method = "cps" + ("" if given.cutmix else "-nocutmix") + ("-soft" if given.soft else "")

@@ -116,9 +116,9 @@ from common.source import Item
 from kernels import cross_entropy, pseudo_label, soft_consistency
 
 # All settings of a data set; a flag of the same name, where there is one, replaces it. The
-# schedules are those of cps.py: on voc, its authors released Mean Teacher with the same
-# (exp.voc/voc8.res50v3+.MeanTeacher), on cityscapes CPS alone. Those of the other data sets are
-# our own choice.
+# schedules are those of cps.py. For voc its authors released Mean Teacher with that schedule
+# (exp.voc/voc8.res50v3+.MeanTeacher); for cityscapes they released CPS alone, whose schedule we
+# take. Those of the other data sets are our own choice.
 SHAPES = {  # a small network with pretrained weights of its own, for a CPU
     "backbone": "tiny",
     "weights": "blots",
@@ -408,7 +408,8 @@ def noise_step(
     ]  # (N,3,H,W) and (N,H,W) each
     target_l = batch_l["target"]
 
-    # 3. The same crops under different noise, in forward passes of their own: x+η, x+η'
+    # Steps 2 and 3 need forward passes of their own for both kinds of images: the same crops under
+    # different noise, x+η for the student and x+η' for the teacher.
     logits_l, logits_u = (student(add_noise(*part, args.noise_std)) for part in parts)
     with torch.no_grad():
         targets = torch.cat([teacher(add_noise(*part, args.noise_std)) for part in parts])

@@ -9,7 +9,8 @@ This is the baseline of every semi-supervised method.
 
 1. Take a batch of labelled images x_l, randomly scaled, cropped and flipped.
 2. Forward pass: the logits f(x_l) stay at stride 4; the loss interpolates them.
-3. L_s = mean over valid pixels of CE(f(x_l), y)       (cityscapes: over the hard pixels, OHEM)
+3. L_s = mean over valid pixels of CE(f(x_l), y); on cityscapes over the hard pixels alone (online
+   hard example mining, OHEM; see `common/losses.py`).
 4. SGD step, with momentum 0.9 and the poly learning rate lr · (1 - iteration/total)^0.9.
 
 | symbol | variable | symbol | variable           | symbol | variable |

@@ -265,14 +265,9 @@ RELEASED_AEL = LARGE_AEL | {
     "weight_decay": 8e-4,
     "contrast_weight": 0.0125,
 }
-WITH_AEL = {
-    "shapes": SHAPES | SMALL_AEL,
-    "shapes-zipf": SHAPES | SMALL_AEL,
-    "camvid": CAMVID | LARGE_AEL,
-    "voc": VOC | LARGE_AEL,  # our choice; nothing is released for it
-    "cityscapes": CITYSCAPES | RELEASED_AEL,
-    "folder": FOLDER | LARGE_AEL,
-}
+# Released is AEL's part for Cityscapes alone; LARGE_AEL, that of all others, is our choice.
+AEL_PART = {"shapes": SMALL_AEL, "shapes-zipf": SMALL_AEL, "cityscapes": RELEASED_AEL}
+WITH_AEL = {data: preset | AEL_PART.get(data, LARGE_AEL) for data, preset in PRESETS.items()}
 AEL_GAMMA, AEL_SAMPLING = 2.0, 1.0  # γ and β of AEL
 CONTRAST_FROM = 0.1  # of the iterations, with --ael: start_epoch 20 of 200
 LATER_MEASURES = ("loss_unsup", "loss_contrast", "kept", "anchors", "fill")  # after the warm-up

@@ -18,13 +18,15 @@ same image under two strong augmentations, and under a perturbation of its featu
 
 1. Take labelled images x_l, unlabelled ones x_u, and their partners x'_u, to be mixed in. Each
    unlabelled image has three views of one crop: weak x_w and, with colours and blur drawn twice,
-   strong s_1, s_2.                                                                   [DusPerb]
+   strong s_1, s_2.                                            [dual-stream perturbation, DusPerb]
 2. Label x'_w, in eval mode, as released. A label is kept where the network is sure:
        ŷ' = argmax p'_w where max p'_w >= τ, else 255                                 [FixMatch]
 3. Mix the strong views by small boxes M_1, M_2, drawn independently; half of the images get none:
        x_k = M_k·s_k' + (1-M_k)·s_k
-4. One forward pass of [x_l; x_w]. The features of both, at stride 4 and of the last layer, go a
-   second time through the head, each channel dropped with probability ½:             [UniPerb]
+4. One forward pass of [x_l; x_w] through the backbone. The head gets its features, at stride 4 and
+   of the last layer, twice in one batch: as they are, and with each channel dropped with probability
+   ½. So its BatchNorm sees both; of the dropped ones those of x_l serve that alone.
+                                                                  [unified perturbations, UniPerb]
        p_l, p_w, p_fp = f(x_l), f(x_w), head(dropped features of x_w)
    One more pass of [x_1; x_2]:
        p_1, p_2 = f(x_1), f(x_2)
@@ -40,6 +42,8 @@ same image under two strong augmentations, and under a perturbation of its featu
 --fixmatch has one strong view and no dropped features: L = ½·(L_s + L_strong). The steps between
 are --no-fp (two views, the same L) and --no-second-view (step 7 with L_strong of one view). To SGD
 the outer ½ is half the learning rate with twice the weight decay.
+
+A prime marks what belongs to the partner image; no method here has a teacher.
 
 | symbol    | variable             | symbol | variable               | symbol   | variable         |
 |-----------|----------------------|--------|------------------------|----------|------------------|
@@ -382,7 +386,7 @@ def mixed_views(
         args: `views`, `seed`.
 
     Returns:
-        A mask (N,H,W) bool a view; images (N,3,H,W) a view.
+        For each view a mask (N,H,W) bool, and images (N,3,H,W).
     """
     valid = batch["valid_mask"]
     count, size = valid.shape[:2]

@@ -191,7 +191,7 @@ def add_schedule_flags(top: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=positive,
         metavar="N",
-        help="labelled images a process, and as many unlabelled beside them",
+        help="labelled images per process, and as many unlabelled beside them",
     )
     group.add_argument(
         "--lr", type=float, help="learning rate of the backbone, for the global batch"
@@ -280,7 +280,7 @@ def add_machine_flags(top: argparse.ArgumentParser) -> None:
         "--workers",
         type=int,
         metavar="N",
-        help="loader processes a loader (default: 4 or the cores; shapes: 0)",
+        help="processes of each loader (default: 4 or the cores; shapes: 0)",
     )
     group.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     group.add_argument(

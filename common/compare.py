@@ -4,7 +4,7 @@
 
 Every run is a process of its own with a folder OUT/METHOD/SPLIT-seedN; a finished one is reused, a
 stopped one resumed, so that the whole can be stopped and started again. All get the same backbone,
-output stride, crop, batch (a process), iterations of each trained network and evaluation window
+output stride, crop, batch (per process), iterations of each trained network and evaluation window
 (ST's re-trainings are --retrain-times as long: twice, on the built-in set); learning rate, decay,
 scale and OHEM stay each method's own. What is printed is also left in OUT, in files that are named
 by experiment (or methods) and split:
@@ -257,7 +257,7 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     shared.add_argument("--backbone")
     shared.add_argument("--output-stride", type=int)
     shared.add_argument("--crop-size", type=cli.positive, metavar="PX")
-    shared.add_argument("-b", "--batch-size", type=cli.positive, metavar="N", help="a process")
+    shared.add_argument("-b", "--batch-size", type=cli.positive, metavar="N", help="per process")
     shared.add_argument(
         "--max-iters", type=cli.positive, metavar="N", help="iterations of each trained network"
     )

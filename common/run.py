@@ -142,7 +142,8 @@ class Run:
 
         Args:
             items: labelled or unlabelled images.
-            stream: batches of other numbers are independent shuffles and augmentations.
+            stream: a number of its own for each loader, whose shuffles and augmentations are then
+                independent of the others'.
             strong: further augmentation of a sample.
             order: stream whose shuffles to follow; None for its own.
             scale: rule of the random scale; None for that of the settings.

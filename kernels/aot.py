@@ -334,7 +334,7 @@ def work(launch: Launch) -> float:
     arguments = launch.arguments
     programs = launch.grid[0] * (launch.grid[1] if len(launch.grid) > 1 else 1)
     if "ROWS" in arguments:
-        return cell_parts(arguments) * places(launch) * arguments["C"]
+        return cell_tiles(arguments) * places(launch) * arguments["C"]
     if "TOGETHER" in arguments:
         turns = triton.cdiv(arguments["M"], arguments["TOGETHER"])
         return programs * 32 * turns * arguments["TOGETHER"]
@@ -345,8 +345,8 @@ def work(launch: Launch) -> float:
     return programs * arguments.get("BLOCK", 0)
 
 
-def cell_parts(arguments: dict[str, object]) -> float:
-    """How many parts of cells the lanes pass over: of each as many as its pixels fill."""
+def cell_tiles(arguments: dict[str, object]) -> float:
+    """How many tiles of cells the lanes pass over: of each as many as its pixels fill."""
     rows, columns = (
         torch.ceil(arguments[f"first_{axis}_ptr"].diff() / arguments[constant])
         for axis, constant in (("y", "ROWS"), ("x", "COLUMNS"))

@@ -23,13 +23,14 @@ Measured, with the launches around it, of which the last has changed since: 82 a
 
 Each lane owns a cell (see `interpolation.py`) and passes over the classes three times: for the
 maximum, for the sum of exponentials, and for the gradient, which it collapses to the cell's four
-corners.
+corners. A GPU has powers of two alone: the logits are multiplied by log2(e) when they are loaded,
+so that exp becomes exp2, and the loss by ln 2 at the end.
 
-A node takes part in four cells. The left and the right one are neighbouring lanes, which exchange
-their parts; the last lane of a program only recomputes for its neighbour. Of the upper and the
+A node is a corner of four cells. The left and the right one are neighbouring lanes, which exchange
+their sums; the last lane of a program only recomputes for its neighbour. Of the upper and the
 lower one, one lies in an even row of cells and one in an odd row. Each of the two writes its part
 of the node's gradient to a tensor of its own, so that every number has one writer: no atomics, no
-program waits for another, the same bits from run to run. The backward pass adds the two.
+program waits for another, the same bits from run to run. The backward pass adds the two parts.
 
 Logits at the target's own size need no interpolation and have their own kernel, in
 `cross_entropy_full.py`.
@@ -160,8 +161,8 @@ def cross_entropy_kernel(
     RATIO: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    ROW_PARTS: tl.constexpr,
-    COLUMN_PARTS: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+    COLUMN_TILES: tl.constexpr,
     ACC: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -171,7 +172,7 @@ def cross_entropy_kernel(
     """
     ON_NODE: tl.constexpr = RATIO > 0 and RATIO <= ROWS and RATIO <= COLUMNS
     WEIGHTED: tl.constexpr = pixel_weight_ptr is not None or class_weight_ptr is not None
-    PARTS: tl.constexpr = ROW_PARTS * COLUMN_PARTS
+    TILES: tl.constexpr = ROW_TILES * COLUMN_TILES
     image = tl.program_id(1).to(tl.int64)
     odd = tl.program_id(2)
     plane = h * w
@@ -194,9 +195,9 @@ def cross_entropy_kernel(
     corners = cell_corners(row, column, h, w)
     loss_sum = tl.zeros([LANES], ACC)
     weight_sum = tl.zeros([LANES], ACC)
-    for part in range(PARTS):
-        row_slot = part // COLUMN_PARTS * ROWS
-        column_slot = part % COLUMN_PARTS * COLUMNS
+    for tile in range(TILES):
+        row_slot = tile // COLUMN_TILES * ROWS
+        column_slot = tile % COLUMN_TILES * COLUMNS
         y, weight_y, exists_y = cell_axis(
             row, first_y_ptr, weight_y_ptr, row_slot, H, ROWS, RATIO, ACC
         )
@@ -204,9 +205,9 @@ def cross_entropy_kernel(
             column, first_x_ptr, weight_x_ptr, column_slot, W, COLUMNS, RATIO, ACC
         )
         occupied = tl.max((here & exists_y[0] & exists_x[0]).to(tl.int32), 0)
-        # Of most cells only the first part has pixels; it also writes the zeros of those that have
-        # none.
-        if (part == 0) | (occupied > 0):
+        # Most cells have pixels in the first tile alone, so the others are skipped where they are
+        # empty. The first never is: its store is what initialises the gradient.
+        if (tile == 0) | (occupied > 0):
             label = ()
             weight = ()
             for r in tl.static_range(ROWS):
@@ -243,14 +244,17 @@ def cross_entropy_kernel(
             for c in range(C):
                 corner = load_corners(class_ptr, corners, ACC)
                 class_ptr += plane
-                to_top_left = tl.zeros([LANES], ACC)
-                to_top_right = tl.zeros([LANES], ACC)
-                to_bottom_left = tl.zeros([LANES], ACC)
-                to_bottom_right = tl.zeros([LANES], ACC)
+                # Sums of g times the pixels' weights: for both left corners, for both right ones,
+                # and for the bottom ones. A row of pixels has the weights wy (bottom) and 1 - wy
+                # (top), so that the top corners get what the bottom ones leave.
+                left_sum = tl.zeros([LANES], ACC)
+                right_sum = tl.zeros([LANES], ACC)
+                bottom_left = tl.zeros([LANES], ACC)
+                bottom_right = tl.zeros([LANES], ACC)
                 for r in tl.static_range(ROWS):
                     z = interpolate_row(corner, r, weight_y, weight_x, COLUMNS, ON_NODE)
                     of_row = tl.zeros([LANES], ACC)
-                    to_right = tl.zeros([LANES], ACC)
+                    row_right = tl.zeros([LANES], ACC)
                     for s in tl.static_range(COLUMNS):
                         log_prob = z[s] - denominator[r * COLUMNS + s]
                         hit = tl.where(label[r * COLUMNS + s] == label_c, 1.0, 0.0).to(ACC)
@@ -262,24 +266,24 @@ def cross_entropy_kernel(
                         g -= hit
                         of_row += g
                         if not (ON_NODE and s == 0):
-                            to_right += g * weight_x[s]
-                    to_left = of_row - to_right
-                    to_top_left += to_left
-                    to_top_right += to_right
+                            row_right += g * weight_x[s]
+                    row_left = of_row - row_right
+                    left_sum += row_left
+                    right_sum += row_right
                     if not (ON_NODE and r == 0):
-                        to_bottom_left += to_left * weight_y[r]
-                        to_bottom_right += to_right * weight_y[r]
+                        bottom_left += row_left * weight_y[r]
+                        bottom_right += row_right * weight_y[r]
                 label_c += 1.0
                 # The node at this cell's right is the one at the next cell's left, in the next
                 # lane.
-                top_of_next = tl.gather(to_top_left - to_bottom_left, next_lane, 0)
-                top = to_top_right - to_bottom_right + top_of_next
-                bottom = to_bottom_right + tl.gather(to_bottom_left, next_lane, 0)
+                top_of_next = tl.gather(left_sum - bottom_left, next_lane, 0)
+                top = right_sum - bottom_right + top_of_next
+                bottom = bottom_right + tl.gather(bottom_left, next_lane, 0)
                 at_top = gradient_ptr + c * plane + corners[1]
                 at_bottom = gradient_ptr + c * plane + corners[3]
-                if PARTS > 1:
-                    top += tl.load(at_top, mask=has_top & (part > 0), other=0.0)
-                    bottom += tl.load(at_bottom, mask=has_bottom & (part > 0), other=0.0)
+                if TILES > 1:
+                    top += tl.load(at_top, mask=has_top & (tile > 0), other=0.0)
+                    bottom += tl.load(at_bottom, mask=has_bottom & (tile > 0), other=0.0)
                 tl.store(at_top, top, mask=has_top)
                 tl.store(at_bottom, bottom, mask=has_bottom)
     program = (odd * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
@@ -317,7 +321,7 @@ def launch(
     cross_entropy_kernel[grid](
         logits, target, pixel_weight, class_weight, partial, gradient, *walk.tables, h, w, *size,
         C=classes, IGNORE=ignore_index, RATIO=walk.ratio, ROWS=walk.rows, COLUMNS=walk.columns,
-        ROW_PARTS=walk.row_parts, COLUMN_PARTS=walk.column_parts, ACC=tl_type(dtype),
+        ROW_TILES=walk.row_tiles, COLUMN_TILES=walk.column_tiles, ACC=tl_type(dtype),
         LANES=CELL_LANES, num_warps=1, **register_limit(limit),
     )  # fmt: skip
     return partial, gradient

@@ -124,7 +124,7 @@ def forward_kernel(
     pixel_weight_ptr,  # (N,H,W) or None
     class_weight_ptr,  # (C,) or None
     loss_ptr,  # (N,H,W): weight · loss of each pixel, or None
-    partial_ptr,  # (N,parts,programs,2) float64: sums of weight · loss and of weight, or None
+    partial_ptr,  # (N,tiles,programs,2) float64: sums of weight · loss and of weight, or None
     first_y_ptr,  # (h+2,)
     weight_y_ptr,  # (H,)
     first_x_ptr,  # (w+2,)
@@ -138,14 +138,14 @@ def forward_kernel(
     RATIO: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    COLUMN_PARTS: tl.constexpr,
+    COLUMN_TILES: tl.constexpr,
     ACC: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Loss of one part of the cells, one lane a cell: ROWS x COLUMNS of its pixels."""
+    """Loss of one tile of each cell, ROWS x COLUMNS of its pixels; one lane a cell."""
     ON_NODE: tl.constexpr = RATIO > 0 and RATIO <= ROWS and RATIO <= COLUMNS
     image = tl.program_id(1).to(tl.int64)
-    part = tl.program_id(2)
+    tile = tl.program_id(2)
     plane = h * w
     logits_ptr += image * C * plane
     target_ptr += image * H * W
@@ -158,8 +158,8 @@ def forward_kernel(
     column = cell % (w + 1)
     here = row <= h
     row = tl.minimum(row, h)
-    row_slot = part // COLUMN_PARTS * ROWS
-    column_slot = part % COLUMN_PARTS * COLUMNS
+    row_slot = tile // COLUMN_TILES * ROWS
+    column_slot = tile % COLUMN_TILES * COLUMNS
     y, weight_y, exists_y = cell_axis(row, first_y_ptr, weight_y_ptr, row_slot, H, ROWS, RATIO, ACC)
     x, weight_x, exists_x = cell_axis(
         column, first_x_ptr, weight_x_ptr, column_slot, W, COLUMNS, RATIO, ACC
@@ -194,7 +194,7 @@ def forward_kernel(
             # there are.
             tl.debug_barrier()
     if partial_ptr is not None:
-        program = tl.program_id(1) * tl.num_programs(2) + part
+        program = tl.program_id(1) * tl.num_programs(2) + tile
         program = program * tl.num_programs(0) + tl.program_id(0)
         tl.store(partial_ptr + 2 * program, tl.sum(loss_sum, 0).to(tl.float64))
         tl.store(partial_ptr + 2 * program + 1, tl.sum(weight_sum, 0).to(tl.float64))
@@ -263,7 +263,7 @@ def launch_forward(
     """Run the kernel. Arguments as in `cross_entropy`; `loss_map` takes (N,H,W) losses.
 
     Returns:
-        What `launch_sum` adds up: (N,parts,programs,2) float64. None where `loss_map` takes the
+        What `launch_sum` adds up: (N,tiles,programs,2) float64. None where `loss_map` takes the
         losses instead.
     """
     (n, classes, h, w), size, dtype = (
@@ -275,14 +275,14 @@ def launch_forward(
         x if x is None else x.contiguous() for x in (logits, target, pixel_weight, class_weight)
     )
     walk = plan(logits, size, align_corners, max_pixels=20)
-    grid = (ceil_div((h + 1) * (w + 1), CELL_LANES), n, walk.row_parts * walk.column_parts)
+    grid = (ceil_div((h + 1) * (w + 1), CELL_LANES), n, walk.row_tiles * walk.column_tiles)
     partial = None
     if loss_map is None:
         partial = logits.new_empty((n, grid[2], grid[0], 2), dtype=torch.float64)
     forward_kernel[grid](
         logits, target, pixel_weight, class_weight, loss_map, partial, *walk.tables, h, w, *size,
         C=classes, IGNORE=ignore_index, RATIO=walk.ratio, ROWS=walk.rows, COLUMNS=walk.columns,
-        COLUMN_PARTS=walk.column_parts, ACC=tl_type(dtype), LANES=CELL_LANES, num_warps=1,
+        COLUMN_TILES=walk.column_tiles, ACC=tl_type(dtype), LANES=CELL_LANES, num_warps=1,
     )  # fmt: skip
     return partial
 

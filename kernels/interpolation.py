@@ -192,7 +192,10 @@ def axis(
 
 
 class Plan(NamedTuple):
-    """How a kernel walks over the cells: `rows` x `columns` pixels of a cell at a time.
+    """How a kernel walks over the cells: `rows` x `columns` pixels of a cell at a time, a *tile*.
+
+    Larger cells take several tiles, `row_tiles` x `column_tiles`: a lane has not the registers for
+    all of their pixels at once.
 
     Attributes:
         tables: first and weight of the axis y, then those of the axis x; see `Axis`.
@@ -203,8 +206,8 @@ class Plan(NamedTuple):
     ratio: int
     rows: int
     columns: int
-    row_parts: int
-    column_parts: int
+    row_tiles: int
+    column_tiles: int
 
 
 def plan(logits: Tensor, size: tuple[int, int], align_corners: bool, max_pixels: int) -> Plan:
@@ -227,15 +230,15 @@ def plan_of(
 ) -> Plan:
     """As `plan`; kept, because a training step asks for the same one again and again."""
     y, x = (axis(n, m, align_corners, dtype, device) for n, m in zip(nodes, size, strict=True))
-    column_parts = ceil_div(x.slots, 6)
-    columns = ceil_div(x.slots, column_parts)
+    column_tiles = ceil_div(x.slots, 6)
+    columns = ceil_div(x.slots, column_tiles)
     rows = min(y.slots, max(max_pixels // columns, 1))
-    if y.ratio:  # all cells are alike: parts of one size
+    if y.ratio:  # all cells are alike: tiles of one size
         rows = ceil_div(y.slots, ceil_div(y.slots, rows))
 
     tables = (y.first, y.weight, x.first, x.weight)
     ratio = y.ratio if y.ratio == x.ratio else 0
-    return Plan(tables, ratio, rows, columns, ceil_div(y.slots, rows), column_parts)
+    return Plan(tables, ratio, rows, columns, ceil_div(y.slots, rows), column_tiles)
 
 
 @jit

@@ -12,7 +12,8 @@ With d = z - max_c z, Z = sum_c exp d and T = sum_c d exp d:
     entropy = log Z - T / Z
 
 So two passes over the classes suffice, one for the maximum and one for both sums, at one
-exponential a pixel and class.
+exponential for each pixel and class. The kernel computes in powers of two: it multiplies the logits
+by log2(e) when it loads them, and the entropy by ln 2 at the end.
 
 PyTorch interpolates to an N x C x H x W tensor and reads or writes it two times for the label
 alone, about eight times for all three. The kernel reads the logits twice and writes the maps: 9
@@ -142,7 +143,7 @@ def pseudo_label_kernel(
     confidence_ptr,  # (N,H,W) float32, or None
     entropy_ptr,  # (N,H,W) float32, or None
     valid_ptr,  # (N,H,W) bool: where labels may be kept; None for everywhere
-    kept_ptr,  # (N,parts,programs) int64: how many labels are kept; None without a threshold
+    kept_ptr,  # (N,tiles,programs) int64: how many labels are kept; None without a threshold
     first_y_ptr,  # (h+2,)
     weight_y_ptr,  # (H,)
     first_x_ptr,  # (w+2,)
@@ -156,22 +157,22 @@ def pseudo_label_kernel(
     RATIO: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    COLUMN_PARTS: tl.constexpr,
+    COLUMN_TILES: tl.constexpr,
     ACC: tl.constexpr,
     LANES: tl.constexpr,
     IGNORE: tl.constexpr,
 ):
-    """One part of the cells, one lane a cell: ROWS x COLUMNS of its pixels."""
+    """Maps of one tile of each cell, ROWS x COLUMNS of its pixels; one lane a cell."""
     ON_NODE: tl.constexpr = RATIO > 0 and RATIO <= ROWS and RATIO <= COLUMNS
     image = tl.program_id(1).to(tl.int64)
-    part = tl.program_id(2)
+    tile = tl.program_id(2)
     cell = tl.program_id(0) * LANES + tl.arange(0, LANES)
     row = cell // (w + 1)
     column = cell % (w + 1)
     here = row <= h
     row = tl.minimum(row, h)
-    row_slot = part // COLUMN_PARTS * ROWS
-    column_slot = part % COLUMN_PARTS * COLUMNS
+    row_slot = tile // COLUMN_TILES * ROWS
+    column_slot = tile % COLUMN_TILES * COLUMNS
     y, weight_y, exists_y = cell_axis(row, first_y_ptr, weight_y_ptr, row_slot, H, ROWS, RATIO, ACC)
     x, weight_x, exists_x = cell_axis(
         column, first_x_ptr, weight_x_ptr, column_slot, W, COLUMNS, RATIO, ACC
@@ -254,7 +255,7 @@ def pseudo_label_kernel(
                     )
                     tl.store(entropy_ptr + pixel, tl.maximum(bits * LN2, 0.0), mask=exists)
     if kept_ptr is not None:
-        program = tl.program_id(1) * tl.num_programs(2) + part
+        program = tl.program_id(1) * tl.num_programs(2) + tile
         program = program * tl.num_programs(0) + tl.program_id(0)
         tl.store(kept_ptr + program, tl.sum(kept, 0).to(tl.int64))
 
@@ -280,7 +281,7 @@ def launch(
         logits, size, with_confidence, with_entropy, False
     )
     walk = plan(logits, size, align_corners, max_pixels=20)
-    grid = (ceil_div((h + 1) * (w + 1), CELL_LANES), n, walk.row_parts * walk.column_parts)
+    grid = (ceil_div((h + 1) * (w + 1), CELL_LANES), n, walk.row_tiles * walk.column_tiles)
     if thresholded:
         kept = logits.new_empty((n, grid[2], grid[0]), dtype=torch.int64)
     pseudo_label_kernel[grid](
@@ -288,7 +289,7 @@ def launch(
         None if valid_mask is None else valid_mask.contiguous(), kept if thresholded else None,
         *walk.tables, threshold, h, w, *size,
         C=classes, RATIO=walk.ratio, ROWS=walk.rows, COLUMNS=walk.columns,
-        COLUMN_PARTS=walk.column_parts, ACC=tl_type(accumulator(logits.dtype)), LANES=CELL_LANES,
+        COLUMN_TILES=walk.column_tiles, ACC=tl_type(accumulator(logits.dtype)), LANES=CELL_LANES,
         IGNORE=IGNORE, num_warps=1,
     )  # fmt: skip
     return label, confidence, entropy, kept.sum() if thresholded else kept

@@ -332,8 +332,8 @@ def soft_consistency_kernel(
     RATIO: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    ROW_PARTS: tl.constexpr,
-    COLUMN_PARTS: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+    COLUMN_TILES: tl.constexpr,
     ACC: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -343,7 +343,7 @@ def soft_consistency_kernel(
     """
     ON_NODE: tl.constexpr = RATIO > 0 and RATIO <= ROWS and RATIO <= COLUMNS
     SOURCES: tl.constexpr = 1 if mask_ptr is None else 2
-    PARTS: tl.constexpr = ROW_PARTS * COLUMN_PARTS
+    TILES: tl.constexpr = ROW_TILES * COLUMN_TILES
     GRADIENT: tl.constexpr = gradient_ptr is not None
     image = tl.program_id(1).to(tl.int64)
     odd = tl.program_id(2)
@@ -371,16 +371,16 @@ def soft_consistency_kernel(
     loss_sum = tl.zeros([LANES], ACC)
     valid_sum = tl.zeros([LANES], tl.int32)
     confident_sum = tl.zeros([LANES], tl.int32)
-    for part in range(PARTS):
-        row_slot = part // COLUMN_PARTS * ROWS
-        column_slot = part % COLUMN_PARTS * COLUMNS
+    for tile in range(TILES):
+        row_slot = tile // COLUMN_TILES * ROWS
+        column_slot = tile % COLUMN_TILES * COLUMNS
         y, weight_y, exists_y = cell_axis(
             row, first_y_ptr, weight_y_ptr, row_slot, H, ROWS, RATIO, ACC
         )
         x, weight_x, exists_x = cell_axis(
             column, first_x_ptr, weight_x_ptr, column_slot, W, COLUMNS, RATIO, ACC
         )
-        valid = tl.zeros([LANES], tl.int32)  # a bit for each pixel of the part
+        valid = tl.zeros([LANES], tl.int32)  # a bit for each pixel of the tile
         inside = tl.zeros([LANES], tl.int32)
         for r in tl.static_range(ROWS):
             for s in tl.static_range(COLUMNS):
@@ -399,10 +399,10 @@ def soft_consistency_kernel(
             if SOURCES > 1:
                 counted = valid & tl.where(source == 1, inside, ~inside)
                 source_ptr += source * of_second
-            later = (part > 0) | (source > 0)
+            later = (tile > 0) | (source > 0)
             # Most later turns have no pixel that counts. The first one also writes the zeros of the
             # cells that have none.
-            if (part + source == 0) | (tl.max(counted, 0) > 0):
+            if (tile + source == 0) | (tl.max(counted, 0) > 0):
                 highest, total = max_and_sum(
                     source_ptr, corners, plane, weight_y, weight_x, C, ROWS, COLUMNS, ON_NODE, ACC
                 )
@@ -434,15 +434,18 @@ def soft_consistency_kernel(
                 for _ in range(C):
                     corner = load_corners(logits_ptr, at, ACC)
                     target = load_corners(source_ptr, at, ACC)
-                    to_top_left = tl.zeros([LANES], ACC)
-                    to_top_right = tl.zeros([LANES], ACC)
-                    to_bottom_left = tl.zeros([LANES], ACC)
-                    to_bottom_right = tl.zeros([LANES], ACC)
+                    # Sums of g times the pixels' weights: for both left corners, for both right
+                    # ones, and for the bottom ones. A row of pixels has the weights wy (bottom) and
+                    # 1 - wy (top), so that the top corners get what the bottom ones leave.
+                    left_sum = tl.zeros([LANES], ACC)
+                    right_sum = tl.zeros([LANES], ACC)
+                    bottom_left = tl.zeros([LANES], ACC)
+                    bottom_right = tl.zeros([LANES], ACC)
                     for r in tl.static_range(ROWS):
                         z = interpolate_row(corner, r, weight_y, weight_x, COLUMNS, ON_NODE)
                         t = interpolate_row(target, r, weight_y, weight_x, COLUMNS, ON_NODE)
                         of_row = tl.zeros([LANES], ACC)
-                        to_right = tl.zeros([LANES], ACC)
+                        row_right = tl.zeros([LANES], ACC)
                         for s in tl.static_range(COLUMNS):
                             log_p = z[s] - log_sum_z[r * COLUMNS + s]
                             log_q = t[s] - log_sum_t[r * COLUMNS + s]
@@ -462,23 +465,23 @@ def soft_consistency_kernel(
                                     g = tl.exp2(log_p) - q
                                 of_row += g
                                 if not (ON_NODE and s == 0):
-                                    to_right += g * weight_x[s]
-                        to_left = of_row - to_right
-                        to_top_left += to_left
-                        to_top_right += to_right
+                                    row_right += g * weight_x[s]
+                        row_left = of_row - row_right
+                        left_sum += row_left
+                        right_sum += row_right
                         if not (ON_NODE and r == 0):
-                            to_bottom_left += to_left * weight_y[r]
-                            to_bottom_right += to_right * weight_y[r]
+                            bottom_left += row_left * weight_y[r]
+                            bottom_right += row_right * weight_y[r]
                     if GRADIENT:
                         # The node at this cell's right is the one at the next cell's left, in the
                         # next lane.
-                        top_of_next = tl.gather(to_top_left - to_bottom_left, next_lane, 0)
-                        top = to_top_right - to_bottom_right + top_of_next
-                        bottom = to_bottom_right + tl.gather(to_bottom_left, next_lane, 0)
+                        top_of_next = tl.gather(left_sum - bottom_left, next_lane, 0)
+                        top = right_sum - bottom_right + top_of_next
+                        bottom = bottom_right + tl.gather(bottom_left, next_lane, 0)
                         if SQUARED:
                             top *= 2.0
                             bottom *= 2.0
-                        if PARTS * SOURCES > 1:
+                        if TILES * SOURCES > 1:
                             again = has_top & later
                             top += tl.load(gradient_ptr + at[1], mask=again, other=0.0)
                             again = has_bottom & later
@@ -555,8 +558,8 @@ def launch(
         logits, targets, mask, valid_mask, partial, gradient if with_gradient else None,
         *walk.tables, threshold, h, w, *size,
         C=classes, SQUARED=mode == "squared", KL=mode == "kl", RATIO=walk.ratio,
-        ROWS=walk.rows, COLUMNS=walk.columns, ROW_PARTS=walk.row_parts,
-        COLUMN_PARTS=walk.column_parts, ACC=tl_type(dtype), LANES=CELL_LANES, num_warps=1,
+        ROWS=walk.rows, COLUMNS=walk.columns, ROW_TILES=walk.row_tiles,
+        COLUMN_TILES=walk.column_tiles, ACC=tl_type(dtype), LANES=CELL_LANES, num_warps=1,
         **register_limit(112),  # instead of up to 128, and without a spill
     )  # fmt: skip
     sums = partial.numel() // 3
