@@ -24,8 +24,8 @@ same image under two strong augmentations, and under a perturbation of its featu
 3. Mix the strong views by small boxes M_1, M_2, drawn independently; half of the images get none:
        x_k = M_k·s_k' + (1-M_k)·s_k
 4. One forward pass of [x_l; x_w] through the backbone. The head gets its features, at stride 4 and
-   of the last layer, twice in one batch: as they are, and with each channel dropped with probability
-   ½. So its BatchNorm sees both; of the dropped ones those of x_l serve that alone.
+   of the last layer, twice in one batch: as they are, and with each channel dropped with
+   probability ½. So its BatchNorm sees both; of the dropped ones those of x_l serve that alone.
                                                                   [unified perturbations, UniPerb]
        p_l, p_w, p_fp = f(x_l), f(x_w), head(dropped features of x_w)
    One more pass of [x_1; x_2]:

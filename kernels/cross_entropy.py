@@ -60,6 +60,7 @@ from kernels.interpolation import (
     cell_corners,
     cell_jit,
     chunks,
+    implementation,
     in_full_precision,
     interpolate_row,
     jit,
@@ -465,7 +466,7 @@ def cross_entropy(
     """Cross-entropy between interpolated logits and labels.
 
     Args:
-        logits: (N,C,h,w) float16, bfloat16, float32 or float64, before softmax; C <= 254.
+        logits: (N,C,h,w) float16, bfloat16, float32 or float64, before softmax, finite; C <= 254.
         target: (N,H,W) uint8, int32 or int64; H,W may equal h,w.
         ignore_index: pixels with this label add nothing.
         align_corners: how the bilinear interpolation places its corners.
@@ -486,6 +487,7 @@ def cross_entropy(
             does not count, and TRITON_DEBUG=1 catches it.
     """
     check_shapes(logits, target, pixel_weight, class_weight)
+    impl = implementation(impl, logits.device)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction {reduction!r}: mean, sum or none")
     if reduction == "none":
@@ -493,7 +495,7 @@ def cross_entropy(
             logits.detach(), target, pixel_weight, class_weight, ignore_index, align_corners, impl
         )
     inputs, mean = (logits, target, pixel_weight, class_weight, ignore_index), reduction == "mean"
-    if logits.shape[2:] == target.shape[1:] and use_triton(impl, logits.device):
+    if logits.shape[2:] == target.shape[1:] and impl == "triton":
         return cross_entropy_full_op(*inputs, mean)[0]
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
     return cross_entropy_op(*inputs, align_corners, mean, with_gradient, impl)[0]

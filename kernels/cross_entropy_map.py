@@ -74,7 +74,8 @@ def pixels_of(
     """
     dtype, size = accumulator(logits.dtype), tuple(target.shape[1:])
     label = target[some].long()
-    valid = label != ignore_index
+    # As in the kernels, a label outside the classes does not count; CPUs refuse it before.
+    valid = (label != ignore_index) & (label >= 0) & (label < logits.shape[1])
     label = label.where(valid, 0)[:, None]
     weight = valid.to(dtype)
     if pixel_weight is not None:
@@ -206,7 +207,6 @@ def sum_kernel(
     loss_ptr,  # ()
     weight_ptr,  # ()
     count,
-    TINY: tl.constexpr,  # smallest sum of weights to divide by
     MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
     TURNS: tl.constexpr,  # count / BLOCK, rounded up
@@ -219,20 +219,21 @@ def sum_kernel(
         losses += tl.load(partial_ptr + 2 * at, mask=at < count, other=0.0)
         weights += tl.load(partial_ptr + 2 * at + 1, mask=at < count, other=0.0)
     loss = tl.sum(losses, 0)
-    weight = tl.sum(weights, 0)
+    weight = tl.sum(weights, 0).to(weight_ptr.dtype.element_ty)
     if MEAN:
-        weight = tl.maximum(weight, TINY)
+        weight = tl.where(weight == 0, 1.0, weight)  # 0 / 0 is 0
         loss = loss / weight
     tl.store(loss_ptr, loss.to(loss_ptr.dtype.element_ty))
-    tl.store(weight_ptr, weight.to(weight_ptr.dtype.element_ty))
+    tl.store(weight_ptr, weight)
 
 
+@on_its_device
 def launch_sum(partial: Tensor, mean: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Run the kernel: (...,2) float64 partial sums -> what `divide_by_weight` returns."""
     loss, weight = partial.new_empty((), dtype=dtype), partial.new_empty((), dtype=dtype)
     count = partial.numel() // 2
     sum_kernel[(1,)](
-        partial, loss, weight, count, TINY=torch.finfo(dtype).tiny, MEAN=mean, BLOCK=SUM_BLOCK,
+        partial, loss, weight, count, MEAN=mean, BLOCK=SUM_BLOCK,
         TURNS=ceil_div(count, SUM_BLOCK), num_warps=16,
     )  # fmt: skip
     return loss, weight
@@ -242,11 +243,12 @@ def divide_by_weight(loss_sum: Tensor, weight_sum: Tensor, mean: bool) -> tuple[
     """Divide the loss for the mean.
 
     Returns:
-        The loss, and the sum of weights, for the mean made large enough to divide by: 0 / 0 is 0.
+        The loss, and the sum of weights. For the mean, 1 stands for a sum of 0, which no number
+        is divided by: the loss and its gradient, however much it is scaled, are then 0.
     """
     if not mean:
         return loss_sum, weight_sum
-    weight_sum = weight_sum.clamp_min(torch.finfo(weight_sum.dtype).tiny)
+    weight_sum = weight_sum.where(weight_sum != 0, 1)
     return loss_sum / weight_sum, weight_sum
 
 

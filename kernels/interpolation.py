@@ -51,6 +51,7 @@ except ImportError:  # macOS and Windows have no Triton: the PyTorch references 
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+MOST_TILES = 65_535  # of a cell: CUDA starts no more programs along the third axis of a grid
 CELL_LANES = 32  # cells of a program: one warp, so that neighbours exchange values by shuffles
 
 
@@ -96,6 +97,18 @@ def use_triton(impl: str, device: torch.device) -> bool:
             f"{why}; use 'torch'"
         )
     return possible and impl != "torch"
+
+
+def implementation(impl: str, device: torch.device) -> str:
+    """ "triton" or "torch", whichever `impl` means for tensors on `device`.
+
+    The public functions choose before they call an operation: a graph of torch.compile keeps what
+    the operation was called with, and its forward and backward pass must agree.
+
+    Raises:
+        ValueError: as `use_triton`.
+    """
+    return "triton" if use_triton(impl, device) else "torch"
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -236,9 +249,12 @@ def plan_of(
     if y.ratio:  # all cells are alike: tiles of one size
         rows = ceil_div(y.slots, ceil_div(y.slots, rows))
 
+    row_tiles = ceil_div(y.slots, rows)
+    if row_tiles * column_tiles > MOST_TILES:
+        raise ValueError(f"{nodes} to {size}: too many pixels in a cell; enlarge in two steps")
     tables = (y.first, y.weight, x.first, x.weight)
     ratio = y.ratio if y.ratio == x.ratio else 0
-    return Plan(tables, ratio, rows, columns, ceil_div(y.slots, rows), column_tiles)
+    return Plan(tables, ratio, rows, columns, row_tiles, column_tiles)
 
 
 @jit

@@ -42,6 +42,7 @@ from kernels.interpolation import (
     cell_corners,
     cell_jit,
     chunks,
+    implementation,
     interpolate_row,
     load_corners,
     on_its_device,
@@ -253,7 +254,9 @@ def pseudo_label_kernel(
                         tl.log2(total[r * COLUMNS + s])
                         - weighted_sum[r * COLUMNS + s] / total[r * COLUMNS + s]
                     )
-                    tl.store(entropy_ptr + pixel, tl.maximum(bits * LN2, 0.0), mask=exists)
+                    # Not by `tl.maximum`, which makes NaN to 0, as if the network were sure.
+                    entropy = tl.where(bits < 0.0, 0.0, bits * LN2)
+                    tl.store(entropy_ptr + pixel, entropy, mask=exists)
     if kept_ptr is not None:
         program = tl.program_id(1) * tl.num_programs(2) + tile
         program = program * tl.num_programs(0) + tl.program_id(0)
@@ -336,7 +339,7 @@ def pseudo_label(
     """Label each pixel of the interpolated logits.
 
     Args:
-        logits: (N,C,h,w) float16, bfloat16, float32 or float64, before softmax; C <= 254.
+        logits: (N,C,h,w) float16, bfloat16, float32 or float64, before softmax, finite; C <= 254.
         size: (H,W) of the result; None for the logits' own.
         align_corners: how the bilinear interpolation places its corners.
         with_confidence: also return the largest probability.
@@ -369,6 +372,7 @@ def pseudo_label(
         )
     threshold = None if threshold is None else float(threshold)
     maps = (with_confidence, with_entropy, threshold, valid_mask)
+    impl = implementation(impl, logits.device)
     label, confidence, entropy, kept = pseudo_label_op(
         logits, height, width, align_corners, *maps, impl
     )

@@ -26,7 +26,7 @@ It is bound by instructions instead: "squared" takes six exponentials and about 
 pixel and class, the other two four and about 36. (`python -m kernels.aot`, sm_90: 112 registers,
 nothing spilled; to issue the instructions for a batch of 8 takes an H200 at least 76 µs for
 129 -> 513 and 96 µs for 128 -> 512 at 1.755 GHz, and for the other two modes 55 and 69 µs.
-Measured, "squared" with the launches around it: 169 and 228 µs.)
+Measured, "squared" with the launches around it: 169 and 223 µs.)
 
 Lanes, cells and parts of the gradient are those of `cross_entropy.py`. A lane passes over the
 classes of the target for its maximum and the sum of its exponentials, over those of the student
@@ -51,6 +51,7 @@ from kernels.interpolation import (
     cell_corners,
     cell_jit,
     chunks,
+    implementation,
     in_full_precision,
     interpolate_row,
     jit,
@@ -647,8 +648,8 @@ def soft_consistency(
     """Distance between the probabilities of a student and those of fixed targets.
 
     Args:
-        logits: (N,C,h,w) float16, bfloat16, float32 or float64, the student's before softmax;
-            C <= 254.
+        logits: (N,C,h,w) float16, bfloat16, float32 or float64, the student's before softmax,
+            finite; C <= 254.
         targets: (N,C,h,w) logits of the target before softmax; a constant, no gradient reaches it.
         valid_mask: (N,H,W) bool; only pixels where it is True count. H,W may equal h,w.
         mode: "squared", "cross_entropy" or "kl": see the top of this file.
@@ -674,6 +675,7 @@ def soft_consistency(
     check_inputs(logits, targets, valid_mask, mask, second)
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
     masks = (valid_mask, mask, None if second is None else second.detach())
+    impl = implementation(impl, logits.device)
     options = (mode, float(threshold), align_corners, with_gradient, impl)
     loss, count, confident, _ = soft_consistency_op(logits, targets.detach(), *masks, *options)
     return SoftConsistency(loss, count, confident)

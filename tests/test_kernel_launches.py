@@ -5,12 +5,14 @@ leaves its name among the events of PyTorch's profiler, beside the operators tha
 of their own on a GPU. What an operator does differently on a GPU, this does not see.
 """
 
+import ast
 import gc
 import sys
 import weakref
 
 import pytest
 import torch
+from conftest import ROOT
 from torch._subclasses import FakeTensorMode
 
 from kernels import (
@@ -338,3 +340,16 @@ def test_the_references_neither_wait_for_the_gpu_nor_mix_it_with_the_host():
             *memory_contrast_reference(*(each.to("cuda") for each in contrast_inputs()), 0.5),
         ]
     assert all(each.device.type == "cuda" for each in found)
+
+
+def test_every_launch_is_made_on_the_device_of_its_tensors():
+    """Triton launches on the current device, which need not be that of the tensors."""
+    found = {}
+    for path in (ROOT / "kernels").glob("*.py"):
+        for function in ast.parse(path.read_text(encoding="utf-8")).body:
+            called = (node.func for node in ast.walk(function) if isinstance(node, ast.Call))
+            names = [ast.unparse(each.value) for each in called if isinstance(each, ast.Subscript)]
+            if any(name.endswith("_kernel") for name in names):
+                guards = [ast.unparse(each) for each in function.decorator_list]
+                found[f"{path.stem}.{function.name}"] = guards == ["on_its_device"]
+    assert len(found) > 8 and all(found.values()), found

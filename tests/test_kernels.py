@@ -44,7 +44,8 @@ from kernels import (
     set_backend,
     soft_consistency,
 )
-from kernels.interpolation import axis
+from kernels.cross_entropy_map import pixels_of
+from kernels.interpolation import axis, plan
 from kernels.soft_consistency import MODES
 from kernels.timing import Timing, peak_cpu
 
@@ -229,12 +230,51 @@ def test_an_ignored_label_that_the_type_of_the_labels_cannot_hold(size, where):
 
 
 @pytest.mark.parametrize("size", [(16, 16), (4, 4)])
-def test_all_ignored_is_zero_with_zero_gradient(size, where):
+@pytest.mark.parametrize("scale", [1, 65_536])  # as float16's loss scaler begins: NaN once
+def test_all_ignored_is_zero_with_zero_gradient(size, scale, where):
     impl, device = where
     logits = torch.randn(1, 3, 4, 4, device=device, requires_grad=True)
     loss = cross_entropy(logits, torch.full((1, *size), 255, device=device), impl=impl)
-    loss.backward()
+    (scale * loss).backward()
     assert loss.item() == 0 and logits.grad.abs().max() == 0
+
+
+def test_a_label_outside_the_classes_does_not_count_where_nothing_refuses_it():
+    """The reference on a GPU, where looking at the labels would wait for it."""
+    logits = torch.randn(1, 3, 4, 4)
+    target = torch.tensor([[[0, 3, -1, 255], *[[2] * 4] * 3]])
+    some = slice(0, 1)
+    found = pixels_of(logits, target, None, None, 255, True, some)
+    expected = F.cross_entropy(
+        logits, target.where(target.clamp(0, 2) == target, 255), ignore_index=255, reduction="none"
+    )
+    torch.testing.assert_close(found.loss, expected)
+    assert found.weight.sum() == 13
+
+
+def test_labels_of_nan_are_not_sure(where):
+    """The GPU's maximum drops NaN: the entropy of such a pixel was 0 once."""
+    impl, device = where
+    logits = torch.zeros(1, 3, 4, 4, device=device)
+    logits[:, 1, 0, 0] = math.nan
+    found = pseudo_label(logits, (7, 7), with_confidence=True, with_entropy=True, impl=impl)
+    assert found.entropy[0, 0, 0].isnan() and found.confidence[0, 0, 0].isnan()
+    assert found.entropy[0, -1, -1].item() == pytest.approx(math.log(3))
+
+
+def test_entropies_and_thresholds_are_compared_in_float32(where):
+    """In bfloat16 0.5005 is 0.5."""
+    impl, device = where
+    entropy = torch.tensor([[[0.5, 0.25, 0.75]]], dtype=torch.bfloat16, device=device)
+    label = torch.zeros(1, 1, 3, dtype=torch.uint8, device=device)
+    found, kept = drop_unreliable(label, entropy, 0.5005, impl=impl)
+    assert found.tolist() == [[[0, 0, 255]]] and kept.item() == 2
+
+
+def test_too_many_pixels_in_a_cell_are_refused():
+    """More than CUDA starts programs along the third axis of a grid."""
+    with pytest.raises(ValueError, match=r"\(1, 1\) to \(2048, 2048\): too many pixels in a cell"):
+        plan(torch.zeros(1, 2, 1, 1), (2048, 2048), True, 20)
 
 
 def test_cross_entropy_by_hand(where):
@@ -780,6 +820,32 @@ def test_opcheck(where):
     if impl == "triton":
         inputs = (small.requires_grad_(), small_target, None, None, 255, True)
         torch.library.opcheck(ops.cross_entropy_full.default, inputs)
+
+
+def test_a_compiled_step_follows_the_chosen_backend(where):
+    """A graph that was compiled for kernels failed once the references were chosen.
+
+    Its forward pass took the reference, which makes one gradient, and its backward pass added two
+    parts of one.
+    """
+    impl, device = where
+    if impl == "torch":
+        pytest.skip("kernels and references take turns")
+
+    def step(logits, target):
+        loss = cross_entropy(logits, target)
+        return loss, torch.autograd.grad(loss, logits)[0]
+
+    logits, target = example((3, 3, 3, 3), (5, 5), device, torch.float32)
+    logits.requires_grad_()
+    compiled = torch.compile(step, backend="aot_eager")
+    try:
+        for backend in ("triton", "torch", "triton"):
+            set_backend(backend)
+            for found, expected in zip(compiled(logits, target), step(logits, target)):
+                torch.testing.assert_close(found, expected)
+    finally:
+        set_backend("auto")
 
 
 def test_compiles_without_a_graph_break(where):
