@@ -64,13 +64,16 @@ Differences from the paper and the released code (hzhupku/SemiSeg-AEL):
 6. Σ w is taken over all pixels of the batch and of all processes; the paper's Eq. (12) divides in
    each image, and so does the release on mixed images, of which a process there has one. Labels
    below the threshold of voc add nothing to the loss, and their weight counts, as released. Padding
-   counts nowhere; in the release it is image.
+   counts nowhere; in the release it is image, on labelled crops of class 0.
 7. Which pixels are kept is drawn for each image; in the release one map is shared by a batch.
 8. The teacher runs in train mode with BatchNorm statistics of its own, as released. They are of
    labelled and unlabelled images: it sees x_l' also where ŷ_l is not asked for.
-9. The network is this project's DeepLabv3+, ResNet-50 in the presets (released: ResNet-101,
-   multi-grid), and images are antialiased when they are scaled down. In the release the teacher is
-   not a copy of the student at first, but is one after the first iteration, d being 0.
+9. The network is this project's DeepLabv3+, ResNet-50 in the presets. The release's ResNet-101 has
+   a stem of three 3x3 convolutions and multi-grid; its low-level features keep 256 channels (here
+   48), a 3x3 convolution projects ASPP (here 1x1), and its decoder has three Dropout2d(0.1) (here
+   one, after ASPP). Images are antialiased when they are scaled down; the release's are not. In the
+   release the teacher is not a copy of the student at first, but is one after the first iteration,
+   d being 0.
 
     python ael.py                                            # built-in data, a CPU
     python ael.py --data shapes-zipf                         # with rare classes
@@ -271,7 +274,9 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--ema-decay and --bank-momentum lie in [0,1)")
     if not (0 <= args.conf_thresh <= 1 and args.gamma >= 0 and args.sampling_exp >= 0):
         parser.error("--conf-thresh lies in [0,1]; --gamma and --sampling-exp are not negative")
-    if args.unsup_weight < 0 or args.copy_classes < 1:
+    if not (0 <= args.region_share < 1 and 0 <= args.listed_share < 1):
+        parser.error("--region-share and --listed-share lie in [0,1)")
+    if not args.unsup_weight >= 0 or args.copy_classes < 1:
         parser.error("--unsup-weight is not negative, --copy-classes at least 1")
     if args.pool < args.batch_size * int(os.environ.get("WORLD_SIZE", 1)):
         parser.error(f"--pool {args.pool}: at least as many as the images of a batch")

@@ -40,7 +40,7 @@ another view of the same image.
    does from another domain. Pasted pixels then have weight 1 instead of q, and q is of u0 alone:
        x_m = M·x_l + (1-M)·u0,   ŷ_m = M·y + (1-M)·ŷ0
 4. L = L_s + w(t)·L_u;  SGD step for the student. With a ramp-up (on the built-in set), w(t) grows
-   to w in the first T iterations; without one it is w:
+   to w in the first T iterations, a share of all; without one it is w:
        w(t) = w·exp(-5 (1 - t/T)²)                               [the release, after 1610.02242]
 5. teacher <- α·teacher + (1-α)·student,   α = min(1 - 1/(t+1), 0.99) at iteration t = 0, 1, ...
 The teacher is the result; the student is reported beside it.
@@ -51,7 +51,7 @@ The teacher is the result; the student is reported beside it.
 | u0, u1 | images_u           | m, M   | mask                | L_u    | loss_unsup        |
 | f      | student            | f'     | teacher             | w      | args.unsup_weight |
 | ŷ0, ŷ1 | label_0, label_1   | ŷ_m    | target_m            | w(t)   | weight            |
-| q      | confident          | T      | args.ramp_up        | α      | args.ema_decay    |
+| q      | confident          | T      | args.ramp_up · all  | α      | args.ema_decay    |
 
 The probabilities p and p' have no variable: `soft_consistency` makes them of the student's `logits`
 and the teacher's `targets`, which are logits, too, at the resolution of the head.
@@ -62,10 +62,10 @@ and the teacher's `targets`, which are logits, too, at the resolution of the hea
 Differences from the papers and the released code:
 1. Mean Teacher was published for image classification. The setting here is the one that the authors
    of CPS released for VOC: w = 100 from the start, the same crops for both networks, labelled and
-   unlabelled images in forward passes of their own. On the built-in set w is ramped up. They add
-   no noise (--noise-std 0), keep α = 0.99 from the start, average between the labelled and the
-   unlabelled forward pass, before the optimiser's step, and evaluate the student. On Cityscapes w
-   and OHEM are our choice.
+   unlabelled images in forward passes of their own. On the built-in set w is ramped up. They add no
+   noise (--noise-std 0; Mean Teacher's release has σ = 0.15, 0.1 is our choice), keep α = 0.99 from
+   the start, average between the labelled and the unlabelled forward pass, before the optimiser's
+   step, and evaluate the student. On Cityscapes w and OHEM are our choice.
 2. In Mean Teacher the teacher runs in train mode and its BatchNorm keeps statistics of its own, as
    theirs does. Dropout is active with it; their network has none.
 3. In CutMix-Seg the teacher's BatchNorm statistics are averages of the student's, like its weights,

@@ -12,7 +12,8 @@ Liu, Tian, Chen, Liu, Belagiannis, Carneiro; CVPR 2022, arXiv:2111.12903.
 
 1. Warm-up: for some epochs of the labelled images all three networks learn from these alone, the
    teachers from weak views and the student from strong ones.
-2. After it each epoch of the unlabelled images has one active teacher t_a, t1 and t2 in turn.
+2. After it there is one active teacher t_a, t1 and t2 in turns that are as long as an epoch of the
+   unlabelled images.
 3. Both teachers predict the weak view. Of the other one only the 7 highest logits of each pixel are
    taken, and else the active one's:
        z' = ½·z_1 + ½·z_2,   κ = max softmax(z'),   ŷ = argmax z'
@@ -63,14 +64,15 @@ not at hand: what is here is the release.
    Within an epoch the release shows the same augmented labelled images again and again
    (itertools.cycle keeps the first pass); here each pass is drawn anew.
 7. Padding counts in neither loss; in the release that of unlabelled images does. The teachers run
-   in train mode, as released, but drop nothing; the released network has no dropout.
+   in train mode, as released, but drop nothing after the warm-up; the released network has no
+   dropout at all.
 8. Learning rates are the released ones of the whole batch: on VOC 0.0025 for each of 4 processes,
    whose gradients are averaged, so 0.01; on Cityscapes 0.0045.
 9. On Cityscapes the released sliding evaluation has one teacher alone. Its configuration names
    OHEM, which its code does not use; neither does this. The weight w and the epochs of VOC are
    those of the augmented splits; the release has w = 0.06 for 92 labels, and 0.6 for 183 to 732.
-10. The network is this project's DeepLabv3+, without deep stem and multi-grid, and images are
-    antialiased when they are scaled down.
+10. The network is this project's DeepLabv3+, without deep stem and multi-grid. Images are resized
+    bilinearly, in the release bicubically.
 
     python psmt.py                                           # built-in data, a CPU
     python psmt.py --teachers 1
@@ -250,7 +252,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--ema-decay lies in [0,1), --conf-thresh in [0,1]")
     if args.xi <= 0:
         parser.error(f"--xi {args.xi}: above 0; --no-vat leaves T-VAT out")
-    if min(args.unsup_weight, args.ramp_epochs, args.warmup_epochs) < 0:
+    if not all(x >= 0 for x in (args.unsup_weight, args.ramp_epochs, args.warmup_epochs)):
         parser.error("--unsup-weight, --ramp-epochs and --warmup-epochs are not negative")
 
 

@@ -242,6 +242,7 @@ ANCHORS = 256  # anchors a class: num_queries
 NEGATIVES = 50  # negatives an anchor: num_negatives
 TEMPERATURE = 0.5  # τ
 SURE = 0.3  # δ_p: current_class_threshold
+AUX_DROPOUT = 0.1  # of the auxiliary head: Aux_Module
 # Of the memory bank (difference 5).
 CAPACITY = 30_000  # keys of a class
 PUSHED = 1024  # new keys of a class, step and process, at most: our choice
@@ -428,7 +429,7 @@ class Network(DeepLabV3Plus):
         if args.aux_weight:
             self.auxiliary = nn.Sequential(
                 conv_bn_relu(self.backbone.mid_channels, width, 3),
-                nn.Dropout2d(args.dropout),
+                nn.Dropout2d(AUX_DROPOUT),
                 nn.Conv2d(width, num_classes, 1),
             ).apply(initialise)
 

@@ -1,14 +1,24 @@
 """What the method scripts share: data, network, evaluation and the plumbing of a run.
 
-No paper's contribution lives here. README.md is the map.
+README.md is the map.
 """
 
 import os
 import sys
 
+import torch
+
 
 class InputError(Exception):
     """Something the user gave cannot be used; scripts print its message and exit with code 2."""
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of the GPU or of the machine, does not suffice."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # PyTorch reports a lack of main memory as a plain RuntimeError.
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
 def note(text: str) -> None:

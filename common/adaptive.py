@@ -41,7 +41,10 @@ def draw(count: int, width: int, seed: int, iteration: int, salt: int) -> Tensor
 
 def choose(probs: Tensor, numbers: Tensor) -> Tensor:
     """A class for each number from U(0,1), with the probabilities (C,); int64 of the same shape."""
-    return torch.searchsorted(probs.cumsum(0)[:-1].contiguous(), numbers.contiguous(), right=True)
+    # Not by `cumsum`, which --deterministic refuses on a GPU.
+    triangle = torch.ones(len(probs), len(probs), dtype=torch.float64, device=probs.device).tril()
+    cumulative = (triangle * probs.double()).sum(1).to(probs.dtype)
+    return torch.searchsorted(cumulative[:-1].contiguous(), numbers.contiguous(), right=True)
 
 
 # --------------------------------------------------------------------------------- confidence bank
@@ -365,8 +368,8 @@ def choose_crops(
 ) -> tuple[Tensor, Tensor]:
     """A class for each image, and the place of a crop that has it in the pool: (N,) int64 each.
 
-    While the pool is empty, in the first iteration, each image is mixed with the next one of the
-    batch instead.
+    While the pool is empty, in the first iteration, each image is mixed with the one before it in
+    the batch instead.
     """
     device = pool.images.device
     numbers = draw(count, 1, args.seed, iteration, CUTMIX_CLASS)[:, 0]

@@ -56,6 +56,14 @@ def positive(text: str) -> int:
     return value
 
 
+def not_negative(text: str) -> int:
+    """A whole number of at least 0, for argparse."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
 def fraction(text: str) -> float:
     """A share above 0 and below 1, such as 1/5 or 0.2, for argparse."""
     part, _, whole = text.partition("/")
@@ -167,7 +175,7 @@ def add_network_flags(top: argparse.ArgumentParser) -> None:
         help="of the deepest features (default: the preset's)",
     )
     group.add_argument(
-        "--dropout", type=float, help="Dropout2d after ASPP (default: 0.5; shapes: 0.1)"
+        "--dropout", type=float, help="Dropout2d after ASPP (default: the preset's)"
     )
 
 
@@ -380,7 +388,8 @@ def fill(args: argparse.Namespace, presets: dict[str, dict]) -> None:
     fill_schedule(args, preset)
     fill_weights(args, preset)
     for key, value in preset.items():
-        if getattr(args, key, None) is None:
+        # A resumed run's settings are all there, and None may be one of them.
+        if getattr(args, key, None) is None and not (args.resume and hasattr(args, key)):
             setattr(args, key, value)
     if args.eval_window == "crop":
         args.eval_window = args.crop_size

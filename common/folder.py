@@ -27,6 +27,7 @@ from common.source import (
     Item,
     choose_labelled,
     data_dir,
+    ids_at_the_start,
     images_in,
     masks_in,
     parts,
@@ -216,7 +217,7 @@ def hold_out(items: Sequence[Item], chosen: set[str], args: argparse.Namespace) 
     Args:
         items: the images with masks.
         chosen: ids of those that the split labels.
-        args: `val_fraction` and `seed`.
+        args: `val_fraction` and `seed`; of a run that is resumed its folder, `output_dir`.
 
     Raises:
         InputError: there is one image with a mask only.
@@ -229,6 +230,9 @@ def hold_out(items: Sequence[Item], chosen: set[str], args: argparse.Namespace) 
     count = min(max(1, round(args.val_fraction * len(items))), len(items) - 1)
     spare = [item for item in items if item.name not in chosen]
     pool = spare if len(spare) >= count else list(items)
+    before = ids_at_the_start(args, "val.txt")
+    if before:
+        return [item for item in items if item.name in before]
     order = np.random.default_rng(args.seed).permutation(len(pool))[:count]
     return [pool[index] for index in sorted(order)]
 

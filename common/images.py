@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png, read_file
 
-from common import InputError
+from common import InputError, lacks_memory
 from common.augment import IGNORE
 
 # PIL tries no other: it would start Ghostscript for an EPS file, whatever the file's name.
@@ -74,9 +74,7 @@ def naming_if_too_large(path: Path | int) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # torch reports a lack of main memory as a plain RuntimeError.
-        of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if of_memory or "allocate memory" in str(error):
+        if lacks_memory(error):
             raise InputError(f"{path}: too large for this machine's memory") from None
         raise
 

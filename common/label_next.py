@@ -138,9 +138,9 @@ def rank(values: list[float]) -> Tensor:
 
 
 def look_closer(
-    files: Files, network: nn.Module, device: torch.device, args: argparse.Namespace
+    files: Files, network: nn.Module, window: int, device: torch.device, args: argparse.Namespace
 ) -> tuple[dict[str, Tensor], dict[str, dict]]:
-    """Features of images, and what is drawn of them.
+    """Features of images, and what is drawn of them; `window` is that of the run's evaluation.
 
     Returns:
         name -> (F,) float32, the mean of the deepest features over the image; and name -> `image`
@@ -150,13 +150,14 @@ def look_closer(
 
     @torch.no_grad()
     def predict(images: Tensor, size: tuple[int, int]) -> Predictions:
-        found = predict_batch(network, images, images.shape[2:])
+        found = predict_batch(network, images, images.shape[2:], window)
         found.extra = backbone(images)[-1].float().mean((2, 3))
         return found
 
     features, shown = {}, {}
     for samples, images, predicted in predict_all(files, args, device, predict):
         if images is None:
+            note_unread(samples)
             continue
         for index, sample in enumerate(samples):
             features[sample["name"]] = predicted.extra[index]
@@ -300,8 +301,11 @@ def main(argv: list[str] | None = None) -> None:
     ranked = sorted(score, key=lambda name: (-score[name], name))
     pool = ranked[: POOL * args.count]
     files = Files({name: paths[name] for name in pool}, description)
-    features, shown = look_closer(files, network, device, args)
+    window = description["args"]["eval_window"]
+    features, shown = look_closer(files, network, window, device, args)
     names = [name for name in pool if name in features]
+    if not names:
+        raise InputError("none of the most uncertain images fits into memory as a whole")
     places, distances = spread_out(torch.stack([features[name] for name in names]), args.count)
     chosen = {names[place]: distance for place, distance in zip(places, distances)}
 

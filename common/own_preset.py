@@ -115,7 +115,8 @@ def choose_length(args: argparse.Namespace, preset: dict, rules: dict, count: in
     preset.pop("epochs", None)
     preset.pop("eval_interval", None)
     preset["max_iters"] = iterations
-    preset["eval_iters"] = -(-(args.max_iters or iterations) // rules["evaluations"])
+    length = args.max_iters or (args.epochs or 0) * (count // batch) or iterations
+    preset["eval_iters"] = -(-length // rules["evaluations"])
     if args.epochs is not None:
         return {}
     return {

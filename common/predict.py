@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from common import InputError, checkpoint
+from common import InputError, checkpoint, cli
 from common.augment import normalise
 from common.data import BATCH_IMAGES, BATCH_PIXELS, new_loader
 from common.deeplabv3plus import DeepLabV3Plus, MeanLogits
@@ -61,6 +61,9 @@ from kernels import pseudo_label, set_backend
 
 LOOK_AHEAD = 256  # images whose sizes are read at once, to put those of one size into batches
 WAITING_PIXELS = 16_000_000  # of images that may wait for being written
+# Of shared memory for each process that reads images: four batches in flight, RGB, of as many
+# pixels as a large photograph has.
+WORKER_BYTES = 4 * 3 * 16_000_000
 TTA_SCALES = "0.75,1,1.25"
 ORIGIN = ("file", "modified")
 MEASURES = ("mean_entropy", "mean_confidence")
@@ -578,7 +581,7 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-j",
         "--workers",
-        type=int,
+        type=cli.not_negative,
         metavar="N",
         help="processes that read images (default: none on a CPU, else up to 8)",
     )
@@ -591,8 +594,7 @@ def start(args: argparse.Namespace) -> tuple[torch.device, nn.Module, dict]:
         InputError: no such device, run or network.
     """
     device = find_device(args.device)
-    if args.workers is None:
-        args.workers = min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
+    fill_workers(args, device)
     network, description = load_network(args.run, args.checkpoint, args.network, device)
     if device.type == "cuda":
         network = network.to(memory_format=torch.channels_last)
@@ -601,14 +603,34 @@ def start(args: argparse.Namespace) -> tuple[torch.device, nn.Module, dict]:
     return device, network, description
 
 
+def fill_workers(args: argparse.Namespace, device: torch.device) -> None:
+    """Choose how many processes read images, as many as shared memory holds batches for.
+
+    Raises:
+        InputError: --workers asks for more.
+    """
+    memory = cli.shared_memory()
+    fits = int(min(memory / WORKER_BYTES, 8))
+    if args.workers is None:
+        args.workers = min(fits, os.cpu_count() or 1) if device.type == "cuda" else 0
+    if args.workers > fits and args.workers * WORKER_BYTES > memory:
+        raise InputError(
+            f"-j {args.workers}: /dev/shm has {memory / 1e6:.0f} MB, enough for -j {fits}; "
+            "a container needs a larger --shm-size"
+        )
+
+
 def find_device(name: str) -> torch.device:
-    """The device `name`, tried out.
+    """The device `name`, tried out; a GPU becomes the current one.
 
     Raises:
         InputError: there is no such device.
     """
     try:
-        return torch.empty(1, device=name).device
+        device = torch.empty(1, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # events are recorded on the current one's stream
+        return device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
 

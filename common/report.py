@@ -85,7 +85,8 @@ class Report:
         """Compare the data with what the run was started with; on all processes alike.
 
         Unlabelled images may have been taken away meanwhile, such as one that could not be read:
-        the run keeps its number of iterations and says so. Anything else would be another run.
+        the run keeps its number of iterations, and the length of its epochs, and says so. Anything
+        else would be another run.
 
         Raises:
             InputError: other labelled or more unlabelled images, or another number of processes.
@@ -101,7 +102,8 @@ class Report:
         added = sorted(set(now) - before)
         if added:
             raise InputError(f"{other}: {len(added)} unlabelled images are new, such as {added[0]}")
-        self.schedule.total = described["iterations"]
+        per_epoch = described.get("iterations_per_epoch", self.schedule.per_epoch)
+        self.schedule.restore(described["iterations"], per_epoch)
         removed = sorted(before - set(now))
         if removed:
             shown = ", ".join(removed[:3]) + (", ..." if len(removed) > 3 else "")
@@ -154,6 +156,7 @@ class Report:
             "val_list_sha1": self.data.val_hash,
             "grey_range": self.data.grey_range,
             "iterations": self.schedule.total,
+            "iterations_per_epoch": self.schedule.per_epoch,
             "processes": distributed.world_size(),
             "git_commit": commit,
             "versions": {

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 import kernels
-from common import InputError, distributed
+from common import InputError, distributed, lacks_memory
 from common.rendezvous import fresh_store
 from kernels.interpolation import use_triton
 
@@ -241,17 +241,16 @@ def explain(error: BaseException, run: str) -> tuple[int, str]:
         case NotFinite():
             advice = "The last checkpoint is untouched; try a lower --lr or --amp off"
             return 1, f"stopped: {error}. {advice}"
-        case torch.OutOfMemoryError():
-            reason = str(error).split(". ")[0]
+        case _ if lacks_memory(error):
+            on_gpu = isinstance(error, torch.OutOfMemoryError)
+            reason = str(error).split(". ")[0] if on_gpu else "too little memory"
             return 1, f"stopped: {reason}; try a smaller -b or --crop-size, or --amp bf16"
         case KeyboardInterrupt():
             return 130, f"stopped at once; {go_on}"
     return 1, f"stopped: {error}; {go_on}"  # an OSError: a full disk while logging, most likely
 
 
-EXPECTED = (
-    Stopped, InputError, NotFinite, WorkerDied, torch.OutOfMemoryError, OSError, KeyboardInterrupt,
-)  # fmt: skip
+EXPECTED = (Stopped, InputError, NotFinite, WorkerDied, OSError, KeyboardInterrupt)
 
 
 def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
@@ -263,8 +262,9 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
     code = 0
     try:
         main(args)
-    except EXPECTED as error:
-        if args.debug and not isinstance(error, Stopped):
+    except BaseException as error:
+        expected = isinstance(error, EXPECTED) or lacks_memory(error)
+        if not expected or (args.debug and not isinstance(error, Stopped)):
             raise
         code, message = explain(error, args.output_dir)
         print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)

@@ -24,13 +24,22 @@ class Schedule:
     """
 
     def __init__(self, args: argparse.Namespace, images: int, processes: int, times: float = 1):
+        self.eval_iters, self.eval_interval = args.eval_iters, args.eval_interval
         self.per_epoch = max(1, images // (args.batch_size * processes))
         if args.max_iters:
             self.total = max(1, round(times * args.max_iters))
         else:
             self.total = args.epochs * self.per_epoch
-        self.eval_every = args.eval_iters or args.eval_interval * self.per_epoch
         self.save_every = args.save_interval
+
+    def restore(self, total: int, per_epoch: int) -> None:
+        """Take the lengths with which a resumed run began, whatever images are gone since."""
+        self.total, self.per_epoch = total, per_epoch
+
+    @property
+    def eval_every(self) -> int:
+        """Iterations from one evaluation to the next."""
+        return self.eval_iters or self.eval_interval * self.per_epoch
 
     def evaluates(self, done: int) -> bool:
         """Whether an evaluation follows iteration `done`; one always follows the last."""

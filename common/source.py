@@ -253,7 +253,8 @@ def choose_labelled(
     """Choose the labelled images.
 
     Args:
-        args: `labelled_list`, a path or None, and `split`, which may be a path, too.
+        args: `labelled_list`, a path or None, and `split`, which may be a path, too; of a run that
+            is resumed its folder, `output_dir`.
         names: ids of the training images.
         folder: the folder in `common/splits` whose lists `split` names. Without one, None, `split`
             is a fraction of the names.
@@ -273,11 +274,24 @@ def choose_labelled(
         labelled, protocol = published_list(args.split, folder)
     else:
         labelled, protocol = every_nth(args.split, names)
+        labelled = ids_at_the_start(args, "labelled.txt") or labelled
 
     unknown = sorted(labelled - set(names))
     if unknown:
         raise InputError(f"{protocol}: {len(unknown)} ids are no training images: {some(unknown)}")
     return labelled, protocol
+
+
+def ids_at_the_start(args: argparse.Namespace, file: str) -> set[str] | None:
+    """The ids in RUN/FILE, of a run that is resumed; None of one that begins.
+
+    What is every n-th image, or drawn from all, changes when an image is taken away.
+    """
+    if not getattr(args, "resume", False):
+        return None
+    run = Path(args.output_dir)
+    paths = [path for path in (run / file, run / "stage-1" / file) if path.is_file()]
+    return set(read_lines(paths[0])) if paths else None
 
 
 def published_list(split: str, folder: str) -> tuple[set[str], str]:

@@ -76,6 +76,20 @@ def test_numbers_become_classes_by_their_probabilities():
     assert choose(probs, numbers).tolist() == [0, 0, 2, 2, 3, 3]
 
 
+def test_choosing_a_class_needs_nothing_that_deterministic_runs_refuse(monkeypatch):
+    """On a GPU `torch.use_deterministic_algorithms` refuses cumulative sums of floats."""
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda *a, **b: pytest.fail("cumsum"))
+    assert choose(torch.tensor([0.5, 0.5]), torch.tensor([0.4, 0.6])).tolist() == [0, 1]
+
+
+def test_shares_of_regions_lie_between_0_and_1(capsys):
+    for flag in ("--region-share", "--listed-share"):
+        for value in ("-0.1", "1", "nan"):
+            with pytest.raises(SystemExit):
+                ael.parse_args([flag, value])
+            assert "--region-share and --listed-share lie in [0,1)" in capsys.readouterr().err
+
+
 # -------------------------------------------------------------------------------------- copy-paste
 
 

@@ -1,5 +1,6 @@
 """Presets, help, and what the flags leave open."""
 
+import json
 import math
 
 import pytest
@@ -51,6 +52,22 @@ def test_the_window_is_the_crop_and_a_users_list_has_no_published_schedule():
     args = cps.parse_args(["--data", "voc", "--labelled-list", "my92.txt"])
     assert (args.split, args.epochs, args.max_iters) == ("my92.txt", None, 39_000)
     assert args.output_dir == "runs/cps-voc-my92-seed0"
+
+
+def test_a_resumed_run_keeps_settings_that_are_none(tmp_path):
+    """A preset took the place of OHEM's None once, where the data's own preset had chosen it."""
+    args = ael.parse_args(["--data", "voc"])
+    assert args.ohem is not None
+    (tmp_path / "args.json").write_text(json.dumps({"args": {**vars(args), "ohem": None}}))
+    assert ael.parse_args(["--resume", str(tmp_path)]).ohem is None
+
+
+def test_a_resumed_run_keeps_the_length_of_its_epochs():
+    """Once an image of 64 was gone, everything that goes by epochs came at another time."""
+    schedule = Schedule(cps.parse_args(["--data", "voc", "--epochs", "3", "-b", "8"]), 63, 1)
+    assert (schedule.total, schedule.per_epoch, schedule.eval_every) == (21, 7, 7)
+    schedule.restore(24, 8)
+    assert (schedule.total, schedule.per_epoch, schedule.eval_every) == (24, 8, 8)
 
 
 @pytest.mark.parametrize(

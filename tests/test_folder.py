@@ -65,6 +65,26 @@ def test_an_image_with_a_mask_is_labelled_and_one_without_is_not(flat):
     )
 
 
+def test_a_resumed_run_keeps_its_division_when_an_image_is_taken_away(flat, tmp_path):
+    """Every second name, and what is drawn for validation, would be others."""
+    for index in range(4, 10):
+        write_mask(flat / "masks" / f"p{index}.png", 3, seed=index)
+    before = load_data(own(flat, split="1/2"))
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("labelled", "val"):
+        ids = [item.name for item in getattr(before, name)]
+        (run / f"{name}.txt").write_text("".join(f"{each}\n" for each in ids))
+    taken = before.unlabelled[0].name
+    (flat / "images" / f"{taken}.jpg").unlink()
+    (flat / "masks" / f"{taken}.png").unlink()
+
+    after = load_data(own(flat, split="1/2", resume=True, output_dir=str(run)))
+    assert after.list_hash == before.list_hash and after.val_hash == before.val_hash
+    assert len(after.unlabelled) == len(before.unlabelled) - 1
+    assert load_data(own(flat, split="1/2")).list_hash != before.list_hash
+
+
 def test_the_seed_decides_what_is_held_out(flat):
     for index in range(4, 10):
         write_mask(flat / "masks" / f"p{index}.png", 3, seed=index)
@@ -542,6 +562,11 @@ def test_a_flag_wins_over_what_is_chosen(flat):
     assert not any("max_iters" in line or "crop_size" in line for line in args.reasons)
 
 
+def test_epochs_of_ones_own_have_evaluations_on_the_way(flat):
+    """Ten images in batches of 8: an epoch is an iteration."""
+    assert parsed(cps, flat, "--epochs", "40").eval_iters == 10
+
+
 def test_the_number_of_images_decides_the_length(flat, monkeypatch):
     from common import own_preset
 
@@ -567,14 +592,20 @@ def test_broken_images_end_with_a_line(flat, capsys):
 
 
 def test_a_run_is_not_resumed_with_other_images_for_validation(flat, begin):
-    """Found wrong once: a new mask changed what is held out, and nothing was said."""
+    """A new mask changes what is drawn, but not for a run that goes on."""
     (flat / "list.txt").write_text("p0\np1\n")
     folder = ("--data", "folder", "--data-dir", str(flat), "--max-iters", "3")
     run = begin(supervised, *folder, "--labelled-list", str(flat / "list.txt"))
     again = supervised.parse_args(["--resume", run.args.output_dir])
     for index in (4, 5, 6, 7, 8, 9):
         write_mask(flat / "masks" / f"p{index}.png", 3, seed=index)
-    with pytest.raises(InputError, match=r"other images for validation|images are new"):
+    assert load_data(again).val_hash == run.data.val_hash
+    again.resume = False
+    assert load_data(again).val_hash != run.data.val_hash
+
+    again.resume = True
+    (flat / "masks" / f"{run.data.val[0].name}.png").unlink()
+    with pytest.raises(InputError, match="other images for validation"):
         Run(again)
 
 

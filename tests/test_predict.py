@@ -18,7 +18,7 @@ from torch import nn
 
 import stpp
 import supervised
-from common import InputError, checkpoint, label_next, predict
+from common import InputError, checkpoint, cli, label_next, predict
 from common.deeplabv3plus import DeepLabV3Plus
 from common.evaluate import averaged_probabilities
 from common.predict import EqualSizes, Files, overlay, predict_batch
@@ -275,6 +275,28 @@ def test_what_is_wrong_with_the_arguments_is_named(trained, tmp_path):
     assert "no run in" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
+def test_processes_that_read_images_need_shared_memory(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    for memory, chosen in ((math.inf, 6), (500e6, 2), (64e6, 0)):
+        monkeypatch.setattr(cli, "shared_memory", lambda memory=memory: memory)
+        for device, expected in (("cuda", chosen), ("cpu", 0)):
+            args = SimpleNamespace(workers=None)
+            predict.fill_workers(args, torch.device(device))
+            assert args.workers == expected
+    with pytest.raises(InputError, match="-j 1: /dev/shm has 64 MB, enough for -j 0"):
+        predict.fill_workers(SimpleNamespace(workers=1), torch.device("cuda"))
+    monkeypatch.setattr(cli, "shared_memory", lambda: math.inf)
+    predict.fill_workers(SimpleNamespace(workers=12), torch.device("cuda"))
+
+
+def test_the_gpu_of_the_network_is_the_current_one(monkeypatch):
+    """Events were recorded on another GPU's stream once, and waited for nothing."""
+    second, current = torch.device("cuda", 1), []
+    monkeypatch.setattr(torch, "empty", lambda *size, device: SimpleNamespace(device=second))
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert predict.find_device("cuda:1") == second and current == [second]
+
+
 def test_a_run_without_triton_predicts_without_it(trained, images, tmp_path, monkeypatch):
     """A machine without a C compiler trains with --kernels torch."""
     description = json.loads((trained / "args.json").read_text())
@@ -411,9 +433,9 @@ def test_a_batch_that_fails_does_not_shift_the_others(trained, images, tmp_path,
     network = predict.load_checkpoint(trained / "last.pt", description, None, torch.device("cpu"))
     files = Files(predict.find_images(images, tmp_path), description)
     args = SimpleNamespace(workers=0, device="cpu")
-    expected, _ = label_next.look_closer(files, network, torch.device("cpu"), args)
+    expected, _ = label_next.look_closer(files, network, 0, torch.device("cpu"), args)
     refuse_batches(monkeypatch, label_next)
-    found, _ = label_next.look_closer(files, network, torch.device("cpu"), args)
+    found, _ = label_next.look_closer(files, network, 0, torch.device("cpu"), args)
     assert found.keys() == expected.keys() and len(found) == 3
     for name, feature in expected.items():
         torch.testing.assert_close(found[name], feature, rtol=1e-4, atol=1e-4)

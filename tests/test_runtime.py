@@ -26,6 +26,20 @@ def test_sampling_leaves_other_devices_generators_alone(monkeypatch):
     TrainSet(data, data.labelled, WeakAugment(32, ScaleFrom((1.0,))), 0, 0)[Key(0, 0, 0)]
 
 
+def test_too_little_main_memory_ends_a_run_in_one_line(capsys):
+    """PyTorch reports it as a plain RuntimeError."""
+
+    def main(args):
+        torch.empty(2**60)
+
+    with pytest.raises(SystemExit) as end:
+        runtime.launch(main, argparse.Namespace(output_dir="runs/x", debug=False))
+    assert end.value.code == 1
+    assert "stopped: too little memory; try a smaller -b" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="another"):
+        runtime.launch(mock.Mock(side_effect=RuntimeError("another")), argparse.Namespace())
+
+
 def test_unmarked_tests_see_no_gpu():
     """Those marked `gpu` alone may use it: a script's default device is the GPU if there is one."""
     assert cps.parse_args([]).device == "cpu"
