@@ -272,7 +272,7 @@ def read_classes(path: Path) -> list[Line]:
     Three numbers in every line are a colour where masks are RGB, and where one of these colours
     occurs in indexed masks. In the last two forms a line may begin with `ignored` in place of a
     name, for pixels of no class, and one line may end with `*` in place of numbers: it takes what
-    no other line names. The value 255 is ignored where no line names it.
+    no other line names, 255 included. Without such a line 255 is ignored where no line names it.
 
     Returns:
         The lines; none where there is no such file.
@@ -317,7 +317,7 @@ def class_fields(lines: list[Line], seen: "Seen", path: Path) -> dict:
     labels = {name: number for number, name in enumerate(names)} | {IGNORED: IGNORE}
     if are_colours(lines, seen):
         chosen = colour_fields(lines, labels, path)
-        note_absent({line.name: triples(line) for line in lines}, seen.colours, path)
+        note_absent(lines, {line.name: set(triples(line)) for line in lines}, seen.colours, path)
         return fields | chosen
     if seen.coloured and not seen.grey:
         raise InputError(
@@ -325,7 +325,7 @@ def class_fields(lines: list[Line], seen: "Seen", path: Path) -> dict:
             f"NAME R G B{suggest(seen, names)}"
         )
     chosen = {"label_map": value_map(lines, labels, path)}
-    note_absent({line.name: line.numbers for line in lines}, seen.values(), path)
+    note_absent(lines, {line.name: set(line.numbers) for line in lines}, seen.values(), path)
     return fields | chosen
 
 
@@ -346,9 +346,22 @@ def triples(line: Line) -> list[Colour]:
     return list(zip(*[iter(line.numbers)] * 3))
 
 
-def note_absent(numbers: dict[str, Sequence], seen: set, path: Path) -> None:
-    """Say which classes occur in none of the masks that were looked at: a number may be wrong."""
-    absent = [name for name, theirs in numbers.items() if theirs and not seen & set(theirs)]
+def note_absent(lines: list[Line], named: dict[str, set], seen: set, path: Path) -> None:
+    """Say which classes occur in none of the masks that were looked at: a number may be wrong.
+
+    `ignored *` is left out: it stands there in case that something else occurs.
+
+    Args:
+        lines: of classes.txt.
+        named: the values or colours of each line, by its name.
+        seen: those that occur.
+        path: of classes.txt.
+    """
+    others = seen.difference(*named.values())
+    wanted = [line for line in lines if line.name != IGNORED or not line.rest]
+    absent = [
+        line.name for line in wanted if not (others if line.rest else seen & named[line.name])
+    ]
     if absent and seen:
         note(f"{path}: none of the masks that were looked at holds {some(absent)}")
 
@@ -406,7 +419,8 @@ def value_map(lines: list[Line], labels: dict[str, int], path: Path) -> tuple[in
         raise InputError(f"{path}: the value {max(numbers)} is above 65535")
     rest = next((labels[line.name] for line in lines if line.rest), INVALID)
     table = [rest] * (256 if max(numbers, default=0) < 256 and rest == INVALID else 65536)
-    table[IGNORE] = IGNORE
+    if rest == INVALID:
+        table[IGNORE] = IGNORE
     for line in lines:
         for number in line.numbers:
             table[number] = labels[line.name]

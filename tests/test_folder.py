@@ -312,6 +312,21 @@ def test_three_values_of_indexed_masks_are_no_colour(flat, capsys):
     assert "holds" not in capsys.readouterr().err
 
 
+def test_255_belongs_to_a_class_that_takes_the_rest(flat):
+    """Found wrong once: 255 stayed ignored, and the class was trained on nothing."""
+    (flat / "classes.txt").write_text("background 0\ncell *\n")
+    before = change_masks(flat, lambda labels: (labels == 1).astype(np.uint8) * 255)
+    for name, target in targets(load_data(own(flat))).items():
+        assert (target == (before[name] == 1)).all()
+
+
+@pytest.mark.parametrize(("line", "said"), [("cell *", True), ("ignored *", False)])
+def test_a_class_for_the_rest_that_occurs_nowhere_is_said(flat, capsys, line: str, said: bool):
+    (flat / "classes.txt").write_text(f"a 0\nb 1\nc 2\n{line}\n")
+    load_data(own(flat))
+    assert ("none of the masks that were looked at holds cell" in capsys.readouterr().err) == said
+
+
 def test_classes_that_occur_nowhere_are_said(flat, capsys):
     (flat / "classes.txt").write_text("background *\nobject 1 2\nmoon 77\n")
     datasets.load(own(flat))
