@@ -115,25 +115,30 @@ def masks(data: DataSource) -> None:
 
     Raises:
         InputError: a mask cannot be decoded or holds other labels, or all of a set hold only 0
-            and 255.
+            and 255; with `--data folder`, where a set may be a handful of images, all of both.
     """
     table = data.label_table()
+    some_labels = False
+    suspicious: dict[str, Path] = {}
     for part, items in (("labelled", data.labelled), ("validation", data.val)):
         chosen = [item for item in spread(items, MASKS) if isinstance(item.mask, Path)]
         found = _all_or_error(lambda item: _content(item, table), chosen)
-        if any(labels for labels, _ in found.values()):
-            continue
         ignored = [item.mask for item in chosen if found[item.image][1]]
-        if not ignored or data.has_own_values:
-            continue
-        if data.name == "folder":  # it was asked of all masks together
+        if any(labels for labels, _ in found.values()):
+            some_labels = True
+        elif ignored and not data.has_own_values:
+            suspicious[part] = ignored[0]
+    for part, mask in suspicious.items():
+        if data.name == "folder" and some_labels:
             note(f"the masks of the {part} images hold only the first class and ignored pixels")
-        else:
-            raise InputError(
-                f"{data.name}: the masks of the {part} images hold only 0 and 255, "
-                f"such as {ignored[0]}; labels are 0 to "
-                f"{data.num_classes - 1} and 255 means ignored: convert the objects' pixels to 1"
-            )
+            continue
+        change = "convert the objects' pixels to 1"
+        if data.name == "folder":
+            change = "give each class its values in classes.txt, NAME VALUE"
+        raise InputError(
+            f"{data.name}: the masks of the {part} images hold only 0 and 255, such as {mask}; "
+            f"labels are 0 to {data.num_classes - 1} and 255 means ignored: {change}"
+        )
 
 
 def _content(item: Item, table: LabelTable | ColourTable) -> tuple[bool, bool]:

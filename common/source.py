@@ -144,9 +144,10 @@ def some(names: list[str], separator: str = ", ") -> str:
     return separator.join(names[:5]) + more
 
 
-def spread(items: Sequence, count: int) -> Sequence:
-    """`count` items, or all if there are fewer, evenly spaced."""
-    return items[:: max(1, len(items) // count)][:count]
+def spread(items: Sequence, count: int) -> list:
+    """`count` items, or all if there are fewer, evenly spaced from the first to near the last."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 # ------------------------------------------------------------------------------------ label lists

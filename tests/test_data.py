@@ -435,6 +435,15 @@ def test_everything_named_twice_is_listed_at_once(own_folder):
 # ----------------------------------------------------------------------- the checks before training
 
 
+@pytest.mark.parametrize(("total", "count"), [(31, 16), (200, 128), (5, 16), (1, 1), (0, 4)])
+def test_what_is_looked_at_is_spread_over_all(total: int, count: int):
+    """Found wrong once: of fewer than twice as many the first ones were taken."""
+    places = source.spread(list(range(total)), count)
+    assert len(places) == min(total, count) and places == sorted(set(places))
+    gaps = np.diff([*places, total])
+    assert not total or (places[0] == 0 and gaps.max() - gaps.min() <= 1)
+
+
 @pytest.mark.parametrize(("part", "title"), [("labelled", "labelled"), ("val", "validation")])
 def test_masks_of_0_and_255_in_one_set_are_refused(own_folder, part: str, title: str):
     for path in own_folder.glob(f"masks/{part}/*.png"):

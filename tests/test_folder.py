@@ -9,7 +9,7 @@ from PIL import Image
 import cps
 import supervised
 import u2pl
-from common import InputError, check, datasets, figures
+from common import InputError, check, datasets, figures, folder
 from common.augment import ScaleFrom, WeakAugment
 from common.data import EvalSet, Key, TrainSet, equal_size_loader, load_data
 from common.deeplabv3plus import DeepLabV3Plus
@@ -230,6 +230,39 @@ def test_binary_masks_without_values_get_the_two_lines_to_write(flat):
         load_data(own(flat))
 
 
+def test_a_few_masks_of_0_and_255_among_empty_ones_are_found(flat):
+    """Found wrong once: of 24 masks the first 16 were looked at, and these were the empty ones."""
+    (flat / "classes.txt").write_text("ground\ncat\n")
+    for index in range(24):
+        name = f"normal_{index:02}" if index < 18 else f"tumour_{index:02}"
+        mask = np.zeros((48, 64), np.uint8)
+        mask[:9] = 255 * (index >= 18)
+        write_picture(flat / "images" / f"{name}.jpg", seed=index)
+        Image.fromarray(mask).save(flat / "masks" / f"{name}.png")
+    for index in range(4):
+        (flat / "masks" / f"p{index}.png").unlink()
+    with pytest.raises(InputError, match="hold 0 and 255 alone"):
+        load_data(own(flat))
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_masks_of_0_and_255_that_were_not_looked_at_first_are_refused(
+    flat, monkeypatch, ignored: bool
+):
+    """More masks are decoded before training than when classes.txt is read."""
+    (flat / "classes.txt").write_text("ground\ncat\n")
+    change_masks(flat, lambda labels: (labels == 1).astype(np.uint8) * 255)
+    Image.new("L", (64, 48)).save(flat / "masks/p0.png")
+    monkeypatch.setattr(folder, "LOOKED_AT", 1)
+    if ignored:  # what to do where 255 is no object
+        (flat / "classes.txt").write_text("ground 0\ncat 1\nignored 255\n")
+        load_data(own(flat))
+        return
+    message = r"hold only 0 and 255, such as .*classes\.txt, NAME VALUE"
+    with pytest.raises(InputError, match=message):
+        load_data(own(flat))
+
+
 def test_arbitrary_values_several_a_class_and_above_255(flat):
     (flat / "classes.txt").write_text("low 7 9\nhigh 300 40000\nignored 0\n")
     values = np.array([[7, 300, 0], [9, 40000, 0]])
@@ -343,8 +376,6 @@ def test_grey_and_colour_masks_may_be_mixed_up(flat):
 
 
 def test_large_masks_are_looked_at_in_part(flat, monkeypatch):
-    from common import folder
-
     monkeypatch.setattr(folder, "LOOKED_AT_PIXELS", 100)
     assert len(folder.some_pixels(np.zeros((48, 64, 3)))) <= 100
     assert folder.colours_in(np.full((48, 64, 3), 7, np.uint8)).keys() == {(7, 7, 7)}
