@@ -1,6 +1,6 @@
 """Which images to label next: those that a trained network knows least, as different as can be.
 
-    python -m common.label_next runs/cps-folder-all-seed0 my_images --count 20
+    python -m common.label_next runs/cps-folder-all-seed0 my_images/images --count 20
 
 writes into RUN/label_next, or --output:
 

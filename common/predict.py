@@ -1,7 +1,7 @@
 """Masks for a folder of images, with the network of a run.
 
-    python -m common.predict runs/cps-shapes-1-8-seed0 my_images
-    python -m common.predict runs/cps-shapes-1-8-seed0 my_images --overlay off --uncertainty --tta
+    python -m common.predict runs/cps-folder-all-seed0 my_images/images
+    python -m common.predict runs/cps-folder-all-seed0 holiday --overlay off --uncertainty --tta
 
 writes into RUN/predictions, or --output:
 
@@ -508,7 +508,8 @@ def write_all(batches: Iterator[Batch], output: Output, bar: tqdm) -> list[str]:
 def find_images(place: Path, output: Path) -> dict[str, Path]:
     """The image file `place`, or every image in and below the folder `place`, by its id.
 
-    What lies in `output` is left out: it may be the overlays of an earlier call.
+    Of a data folder, which holds classes.txt and images/, it is those of its images/: its masks are
+    no images. What lies in `output` is left out: it may be the overlays of an earlier call.
 
     Raises:
         InputError: nothing there, or no image.
@@ -517,6 +518,8 @@ def find_images(place: Path, output: Path) -> dict[str, Path]:
         raise InputError(f"no file or folder {place}")
     if not place.is_dir():
         return {place.stem: place}
+    if (place / "classes.txt").is_file() and (place / "images").is_dir():
+        place = place / "images"
     found = images_in(place)
     if output.resolve().is_relative_to(place.resolve()):
         found = {

@@ -260,6 +260,17 @@ def test_batches_have_images_of_one_size(tmp_path, monkeypatch):
         assert len({EqualSizes(files).size_of(index) for index in batch}) == 1
 
 
+def test_masks_of_a_data_folder_are_no_images(tmp_path):
+    """Found wrong once: they were offered for labelling."""
+    write_picture(tmp_path / "images" / "deep" / "a.png")
+    write_picture(tmp_path / "masks" / "a.png")
+    found = predict.find_images(tmp_path, tmp_path / "out")
+    assert found.keys() == {"images/deep/a", "masks/a"}
+    (tmp_path / "classes.txt").write_text("a\nb\n", encoding="utf-8")
+    found = predict.find_images(tmp_path, tmp_path / "out")
+    assert found == {"deep/a": tmp_path / "images" / "deep" / "a.png"}
+
+
 def test_what_is_wrong_with_the_arguments_is_named(trained, tmp_path):
     (tmp_path / "empty").mkdir()
     for arguments, message in (
