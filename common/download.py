@@ -6,6 +6,7 @@ What a data set's folder holds after that, and where, stands in `datasets.py`.
 import hashlib
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,18 +32,26 @@ def download_camvid(root: Path) -> None:
     Nothing is fetched where all four folders are there.
 
     Raises:
-        InputError: the archive cannot be fetched, or does not hold the published files.
+        InputError: the archive cannot be fetched, is damaged, as one is whose download was killed,
+            or does not hold the published files.
     """
     from torchvision.datasets.utils import download_and_extract_archive
 
     if all((root / name).is_dir() for name in CAMVID_TREES):
         return
+    archive = root / "camvid.zip"
     try:
         root.mkdir(parents=True, exist_ok=True)
         download_and_extract_archive(
-            CAMVID_URL, str(root), filename="camvid.zip", remove_finished=True
+            CAMVID_URL, str(root), filename=archive.name, remove_finished=True
         )
-    except (OSError, RuntimeError, zipfile.BadZipFile) as error:
+    except (zipfile.BadZipFile, zlib.error) as error:
+        # torchvision fetches no file that is there, even if a killed download left only a part.
+        archive.unlink()
+        raise InputError(
+            f"{archive} was damaged ({error}) and is removed; the same command fetches it again"
+        ) from None
+    except (OSError, RuntimeError) as error:
         raise InputError(f"could not download CamVid from {CAMVID_URL}: {error}") from None
 
     for name, published in CAMVID_TREES.items():

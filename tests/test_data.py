@@ -134,6 +134,11 @@ def test_camvid_download_unpacks_the_tutorials_archive(camvid_tree, tmp_path_fac
         trees = {name: download.git_tree_hash(camvid_tree / name) for name in download.CAMVID_TREES}
         monkeypatch.setattr(download, "CAMVID_TREES", trees)
         target = place / "data"
+        target.mkdir()
+        whole = (place / "camvid.zip").read_bytes()
+        (target / "camvid.zip").write_bytes(whole[: len(whole) // 2])  # a download was killed
+        with pytest.raises(InputError, match=r"camvid\.zip was damaged .* same command fetches"):
+            datasets.load(settings(data="camvid", data_dir=str(target), download=True))
         data = datasets.load(
             settings(data="camvid", data_dir=str(target), split="1/4", download=True)
         )
