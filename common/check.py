@@ -36,10 +36,12 @@ class Look(NamedTuple):
     Attributes:
         size: as viewers show it.
         deep_grey: whether it is grey with more than 8 bits.
+        deep_colour: whether it has 16 bits a channel, but is in colour or has alpha.
     """
 
     size: Size
     deep_grey: bool
+    deep_colour: bool
 
 
 def files(data: DataSource) -> dict[Path, Look]:
@@ -61,13 +63,30 @@ def _look(item: Item) -> Look:
     """The header of an image whose file, and whose mask's file, looks whole."""
     image = open_image(item.image)
     with image.header:
-        look = Look(image.size, image.deep_grey)
+        look = Look(image.size, image.deep_grey, image.deep_colour)
         if isinstance(item.mask, Path):
             mask = open_mask(item.mask, image)
             with mask.header:
                 mask.check_end()
         image.check_end()
     return look
+
+
+def note_deep_colour(looks: dict[Path, Look]) -> None:
+    """Print a line where images in colour, or with alpha, have 16 bits a channel.
+
+    The higher 8 are read, so that an image of a 12-bit camera is almost black; there is no range
+    for these as `grey_range` finds one for grey.
+
+    Args:
+        looks: what `files` returned.
+    """
+    deep = [str(path) for path, look in looks.items() if look.deep_colour]
+    if deep:
+        note(
+            f"of {len(deep)} images with 16 bits a channel, in colour or with alpha, the higher 8 "
+            f"are read; if these look dark, save them with 8 bits, or as plain grey: {some(deep)}"
+        )
 
 
 def grey_range(data: DataSource, looks: dict[Path, Look]) -> Range:

@@ -30,6 +30,7 @@ FAST_DECODERS = {"JPEG": decode_jpeg}
 if tuple(map(int, torchvision.__version__.split(".")[:2])) <= (0, 26):
     FAST_DECODERS["PNG"] = decode_png
 TAIL = 4096  # bytes at a file's end that are searched for its end marker
+BITS = 258  # tag of a TIFF file: bits of each channel
 # Tags of a TIFF file: where its parts begin, and how many bytes each has.
 STRIP_OFFSETS, STRIP_COUNTS, TILE_OFFSETS, TILE_COUNTS = 273, 279, 324, 325
 
@@ -110,6 +111,19 @@ class ImageFile:
     def deep_grey(self) -> bool:
         """Whether it is grey with more than 8 bits: 16-bit PNG or TIFF, or a TIFF of floats."""
         return self.header.mode.startswith(("I", "F"))
+
+    @property
+    def deep_colour(self) -> bool:
+        """Whether it has 16 bits a channel and is no plain grey; PIL keeps the higher 8 of them.
+
+        To be asked before the pixels are decoded, which makes PIL forget it.
+        """
+        if self.deep_grey:
+            return False
+        if self.header.format == "TIFF":
+            return max(self.header.tag_v2.get(BITS, (8,))) > 8
+        tile = self.header.tile
+        return self.header.format == "PNG" and bool(tile) and tile[0].args.endswith(";16B")
 
     def halve(self) -> bool:
         """Decode at half the size from now on, if that is possible; returns whether it is.

@@ -1,5 +1,8 @@
 """The user's own data: layouts, classes, values and colours in masks, formats, what is chosen."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -482,6 +485,59 @@ def test_16_bit_grey_is_scaled_by_the_sets_own_range(flat):
     expected = ((stored - low) / (high - low) * 255).clip(0, 255)
     assert abs(image[..., 0] - expected).max() < 1.01 and (image == image[..., :1]).all()
     assert image.max() == 255 and image.min() == 0
+
+
+def write_deep_png(path, samples: np.ndarray) -> None:
+    """A PNG of 16 bits a channel, (H,W,C) uint16, C from 2 to 4, which PIL cannot write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+    height, width, channels = samples.shape
+    colour_type = {2: 4, 3: 2, 4: 6}[channels]
+    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )  # fmt: skip
+
+
+def write_deep_tiff(path, samples: np.ndarray) -> None:
+    """A TIFF of 16 bits a channel, (H,W,3) uint16."""
+    height, width, channels = samples.shape
+    content = samples.astype("<u2").tobytes()
+    bits = struct.pack("<3H", 16, 16, 16)
+    start = 8 + len(bits)
+    tags = [
+        (256, width), (257, height), (258, 8), (259, 1), (262, 2), (273, start), (277, channels),
+        (278, height), (279, len(content)),
+    ]  # fmt: skip
+    entries = b"".join(
+        struct.pack("<HHII", tag, 3 if tag == 258 else 4, 3 if tag == 258 else 1, value)
+        for tag, value in tags
+    )
+    head = b"II*\0" + struct.pack("<I", start + len(content))
+    directory = struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+    path.write_bytes(head + bits + content + directory)
+
+
+def test_16_bits_in_colour_or_with_alpha_are_noted(flat, capsys):
+    """Found wrong once: images of 12 bits were almost black, without a word."""
+    load_data(own(flat))
+    assert "16 bits" not in capsys.readouterr().err
+    samples = np.random.default_rng(0).integers(0, 4096, (48, 64, 4)).astype(np.uint16)
+    for index, channels in enumerate((2, 3, 4)):
+        (flat / f"images/p{index}.jpg").unlink()
+        write_deep_png(flat / f"images/p{index}.png", samples[..., :channels])
+    (flat / "images/p3.jpg").unlink()
+    write_deep_tiff(flat / "images/p3.tif", samples[..., :3])
+    Image.fromarray(samples[..., 0]).save(flat / "images/grey.png")
+    load_data(own(flat))
+    said = capsys.readouterr().err
+    assert "of 4 images with 16 bits a channel" in said and "grey.png" not in said
+    assert all(f"p{index}.{'tif' if index == 3 else 'png'}" in said for index in range(4))
 
 
 def test_the_range_is_no_matter_of_8_bit_images(flat, monkeypatch):
