@@ -552,7 +552,7 @@ def write_scores(score_of: dict[str, float], path: Path) -> None:
     """Write reliability.csv, whole or not at all: name, score, and whether it is reliable."""
     ranked = halves(score_of)
     part = path.with_suffix(".part")
-    with open(part, "w", newline="") as file:
+    with open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "score", "reliable"])
         for rank, name in enumerate(ranked):
@@ -562,7 +562,7 @@ def write_scores(score_of: dict[str, float], path: Path) -> None:
 
 def read_reliable(path: Path) -> set[str]:
     """Names of the reliable half in reliability.csv."""
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return {row["id"] for row in csv.DictReader(file) if row["reliable"] == "1"}
 
 

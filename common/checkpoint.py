@@ -194,7 +194,7 @@ def read_description(run: Path, *needed: str) -> dict:
         InputError: no run in that folder, or a damaged file.
     """
     try:
-        content = json.loads((run / "args.json").read_text())
+        content = json.loads((run / "args.json").read_text(encoding="utf-8"))
     except OSError:
         raise InputError(f"no run in {run} (no args.json there)") from None
     except ValueError:
@@ -216,7 +216,7 @@ def occupied(run: Path) -> bool:
     if (run / "last.pt").exists():
         return True
     metrics = run / "metrics.csv"
-    return metrics.is_file() and len(metrics.read_text().splitlines()) > 1
+    return metrics.is_file() and len(metrics.read_text(encoding="utf-8").splitlines()) > 1
 
 
 def load_networks(content: dict, networks: Mapping[str, nn.Module], path: Path) -> None:

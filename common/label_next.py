@@ -211,7 +211,7 @@ def write_table(
     columns = ["order", "image", "uncertainty", "mean_entropy", "stability", "distance"]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", newline="") as file:
+        with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(columns)
             for order, name in enumerate([*chosen, *rest], start=1):

@@ -56,7 +56,7 @@ from common.images import (
     open_shrunk,
 )
 from common.masks import write_mask
-from common.source import IMAGE_SUFFIXES, images_in
+from common.source import IMAGE_SUFFIXES, images_in, refuse_unreadable_names
 from kernels import pseudo_label, set_backend
 
 LOOK_AHEAD = 256  # images whose sizes are read at once, to put those of one size into batches
@@ -356,14 +356,15 @@ class Output:
         with self.writing(folder):
             for part in self.parts():
                 (folder / part).mkdir(parents=True, exist_ok=True)
-            if self.memory.is_file() and json.loads(self.memory.read_text()) == settings:
+            known = self.memory.read_text(encoding="utf-8") if self.memory.is_file() else "{}"
+            if json.loads(known) == settings:
                 self.rows = read_rows(self.table, self.columns)
 
     def begin(self, left: dict[str, Path]) -> None:
         """Write the lines of the images that stay as they are; those of `left` will follow."""
         with self.writing(self.table):
             checkpoint.write(self.settings, self.memory)
-            self.file = open(self.table, "w", newline="", buffering=1)
+            self.file = open(self.table, "w", newline="", buffering=1, encoding="utf-8")
             self.writer = csv.DictWriter(self.file, self.columns)
             self.writer.writeheader()
             self.writer.writerows(row for name, row in self.rows.items() if name not in left)
@@ -438,7 +439,7 @@ def read_rows(path: Path, columns: list[str]) -> dict[str, dict]:
     """The whole lines of predictions.csv by image; none where there is no such file."""
     if not path.is_file():
         return {}
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != columns:
             return {}
@@ -512,8 +513,9 @@ def find_images(place: Path, output: Path) -> dict[str, Path]:
     no images. What lies in `output` is left out: it may be the overlays of an earlier call.
 
     Raises:
-        InputError: nothing there, or no image.
+        InputError: nothing there, no image, or a name that is not UTF-8.
     """
+    refuse_unreadable_names([place])
     if not place.exists():
         raise InputError(f"no file or folder {place}")
     if not place.is_dir():

@@ -132,7 +132,8 @@ class Report:
                 known = files_of((*self.data.labelled, *self.data.val))
                 checkpoint.write(known, self.folder / "files_with_masks.txt")
                 checkpoint.write(self.description(), self.folder / "args.json")
-            self.log = open(self.folder / "log.txt", "a" if self.resumed else "w", buffering=1)
+            mode = "a" if self.resumed else "w"
+            self.log = open(self.folder / "log.txt", mode, buffering=1, encoding="utf-8")
         except OSError as error:
             raise InputError(
                 f"cannot write to the run folder {self.folder}: {error.strerror or error}"
@@ -260,14 +261,14 @@ class Report:
         path = self.folder / "metrics.csv"
         if not path.is_file():
             return []
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8") as file:
             return [row for row in csv.DictReader(file) if None not in row.values()]
 
     def write_rows(self, rows: list[dict]) -> None:
         """Write metrics.csv anew: a run that dies meanwhile keeps its history."""
         self.columns = list(rows[0]) if rows else self.columns
         part = self.folder / "metrics.part"
-        with open(part, "w", newline="") as file:
+        with open(part, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, restval="")
             writer.writeheader()
             writer.writerows(rows)
@@ -365,7 +366,7 @@ class Report:
             else resident_mb(),
         }
         self.add_columns(list(values))
-        with open(self.folder / "metrics.csv", "a", newline="") as file:
+        with open(self.folder / "metrics.csv", "a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns, restval="").writerow(row)
         for name, value in values.items():
             self.board.add_scalar(name, value, done)
@@ -448,7 +449,7 @@ def write_iou(
     It is empty for a class that neither labels nor predictions have.
     """
     names = sorted(results, key=lambda name: name != result)
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["class", *names])
         for index, label in enumerate(classes):
@@ -485,7 +486,7 @@ def read_names(run: Path) -> list[str]:
     """What `unlabelled_names` gave when the run in folder `run` was started."""
     path = run / "unlabelled.txt"
     try:
-        return path.read_text().splitlines()
+        return path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         raise InputError(f"{path} is missing or damaged; without it the run cannot go on") from None
 
@@ -534,7 +535,7 @@ def lock(path: Path):
         import fcntl
     except ImportError:  # not a POSIX system
         return None
-    file = open(path, "w")
+    file = open(path, "w", encoding="utf-8")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -85,7 +85,7 @@ def is_started(folder: Path) -> bool:
 
 def read_metrics(folder: Path) -> list[dict[str, str]]:
     """The rows of metrics.csv."""
-    with open(folder / "metrics.csv", newline="") as file:
+    with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -96,7 +96,7 @@ def read_result(folder: Path, seed: int, measure: str = "") -> Result | None:
     which the last value is wanted, too.
     """
     log = folder / "log.txt"
-    lines = log.read_text().splitlines() if log.is_file() else []
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     found = LAST_LINE.match(lines[-1]) if lines else None
     if not found:
         return None
@@ -116,7 +116,7 @@ def last_value(rows: list[dict[str, str]], measure: str) -> float | None:
 
 def read_iou(folder: Path) -> dict[str, str]:
     """IoU in percent of each class at the end of a run, as written in iou.csv."""
-    with open(folder / "iou.csv", newline="") as file:
+    with open(folder / "iou.csv", newline="", encoding="utf-8") as file:
         return {row[0]: row[1] for row in list(csv.reader(file))[1:]}
 
 

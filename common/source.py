@@ -358,10 +358,11 @@ def images_in(
         refused: suffixes of files that are an error.
 
     Raises:
-        InputError: two images of one id, or images of another format: leaving them out would go
-            unnoticed.
+        InputError: two images of one id, names that are not UTF-8, or images of another format:
+            leaving them out would go unnoticed.
     """
     files = sorted(visible_files(folder))
+    refuse_unreadable_names(path for path in files if path.suffix.lower() in suffixes)
     others = [str(path) for path in files if path.suffix.lower() in refused]
     if others:
         raise InputError(f"only {', '.join(suffixes)} are read; convert or remove {some(others)}")
@@ -376,6 +377,18 @@ def images_in(
     if twice:
         raise InputError(f"two images of one name in {folder}: {some(list(twice))}")
     return found
+
+
+def refuse_unreadable_names(paths: Iterable[Path]) -> None:
+    """Refuse names that are not UTF-8, as old archives hold them: no list could be written of them.
+
+    Raises:
+        InputError: there are such names; five are listed, with the bytes that are wrong.
+    """
+    shown = {str(path): str(path).encode("utf-8", "backslashreplace").decode() for path in paths}
+    wrong = [text for path, text in shown.items() if text != path]
+    if wrong:
+        raise InputError(f"{len(wrong)} names are not UTF-8: {some(wrong)}; rename these files")
 
 
 def visible_files(folder: Path) -> Iterator[Path]:

@@ -482,7 +482,7 @@ def main() -> None:
     for method in asked.methods:
         rows += compare_steps(method, asked)
         if asked.csv:
-            with open(asked.csv, "w", newline="") as file:
+            with open(asked.csv, "w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, list(rows[0]))
                 writer.writeheader()
                 writer.writerows(rows)

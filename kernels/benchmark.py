@@ -547,7 +547,7 @@ def main() -> None:
     """Time what the command line asks for."""
     args = parse_args()
     if args.rows:
-        with open(args.rows, newline="") as file:
+        with open(args.rows, newline="", encoding="utf-8") as file:
             plot(list(csv.DictReader(file)), args.plot)
         return
     cuda = args.device == "cuda"
@@ -589,7 +589,7 @@ def main() -> None:
 
 def write_rows(rows: list[dict], path: str) -> None:
     """What has been found until now, so that a benchmark that is cut off leaves it."""
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)

@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import os
 import shutil
 import threading
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 from conftest import settings, write_mask, write_picture
 from PIL import ExifTags, Image, ImageOps
 
-from common import InputError, check, datasets, distributed, download, shapes, source
+from common import InputError, check, datasets, distributed, download, predict, shapes, source
 from common.augment import (
     HalfOrDouble,
     LongSide,
@@ -379,6 +380,18 @@ def test_the_benchmark_times_both_ways(monkeypatch, capsys):
     first, _, *lines = capsys.readouterr().out.splitlines()
     assert "1 thread" in first
     assert [line.split()[2] for line in lines] == ["unlabelled", "labelled"]
+
+
+def test_names_that_are_not_utf_8_are_refused(own_folder):
+    """Found wrong once: the list of the run's images could not be written, with a traceback."""
+    name = os.fsdecode(b"caf\xe9.png")  # in Latin-1
+    write_picture(own_folder / "images/unlabelled" / name)
+    message = r"1 names are not UTF-8: .*caf\\udce9\.png; rename these files"
+    with pytest.raises(InputError, match=message):
+        load_data(own(own_folder))
+    for place in (own_folder / "images", own_folder / "images/unlabelled" / name):
+        with pytest.raises(InputError, match=message):
+            predict.find_images(place, own_folder / "out")
 
 
 def test_links_to_folders_are_followed_but_not_in_circles(own_folder, tmp_path_factory):
