@@ -6,7 +6,8 @@
 
 An image with a mask is labelled, one without is not, and some of the labelled ones are held out for
 validation. Or the folders say so: `images/labelled`, `images/unlabelled`, `images/val`,
-`masks/labelled` and `masks/val`; of these `val` alone may be there, too.
+`masks/labelled` and `masks/val`; of these `val` alone may be there, too. Where `images/labelled` is
+there, images outside these folders are not read.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from common import InputError, note
 from common.augment import IGNORE
 from common.images import INVALID, MASK_FORMATS, Colour, open_image
 from common.source import (
+    IMAGE_SUFFIXES,
     DataSource,
     Item,
     choose_labelled,
@@ -34,6 +36,7 @@ from common.source import (
     read_lines,
     some,
     spread,
+    visible_files,
     voc_colours,
     with_masks,
 )
@@ -106,18 +109,23 @@ def find_images(root: Path) -> Found:
     """The images below a folder in either layout.
 
     Raises:
-        InputError: no images, or none with a mask; the message says where they were looked for.
+        InputError: no images, or none with a mask; the message says where they were looked for. Or
+            two masks of one image.
     """
     images, masks = root / "images", root / "masks"
     if not images.is_dir():
         raise InputError(f"no folder {images}; {LAYOUT}")
     place = val_folder(images)
-    val = with_own_masks(images_in(images / place), masks / place)
+    mask_place = val_folder(masks, place)
+    val = with_own_masks(images_in(images / place), masks / mask_place)
     if (images / "labelled").is_dir():
         labelled = with_own_masks(images_in(images / "labelled"), masks / "labelled")
         unlabelled = images_in(images / "unlabelled")
+        note_left_out(images, ("labelled", "unlabelled", place))
     else:
-        labelled, unlabelled = divide_by_masks(images, masks, place)
+        everything = without(images_in(images), place)
+        labelled, unlabelled = divide_by_masks(everything, masks_of(everything, masks, mask_place))
+        note_test_folder(images)
 
     both = sorted({item.name for item in labelled} & unlabelled.keys())
     if both:  # masks of ST are named by image
@@ -129,16 +137,41 @@ def find_images(root: Path) -> Found:
     return Found(labelled, unlabelled, val)
 
 
-def val_folder(images: Path) -> str:
-    """The name of the subfolder for validation, "val" if there is none."""
-    names = sorted(entry.name for entry in os.scandir(images) if entry.is_dir())
-    for name in names:
+def subfolders(folder: Path) -> list[str]:
+    """The names of the folders in a folder, sorted; none if it is not there."""
+    if not folder.is_dir():
+        return []
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+
+
+def val_folder(folder: Path, usual: str = "val") -> str:
+    """The name of the subfolder for validation: `usual` if that is there, or none."""
+    names = [name for name in subfolders(folder) if name.lower() in VALIDATION]
+    return usual if usual in names or not names else names[0]
+
+
+def note_test_folder(images: Path) -> None:
+    """Say that images in a folder "test" are trained on, where no folders say what images are."""
+    for name in subfolders(images):
         if name.lower() == "test":
             note(
                 f"{images / name} is taken for images to train on; move it elsewhere if it is there"
                 " to test with"
             )
-    return next((name for name in names if name.lower() in VALIDATION), "val")
+
+
+def note_left_out(images: Path, roles: Sequence[str]) -> None:
+    """Say how many images lie outside the subfolders `roles`, which alone are read."""
+    names = [
+        str(path.relative_to(images))
+        for path in visible_files(images)
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.relative_to(images).parts[0] not in roles
+    ]
+    if names:
+        note(
+            f"{len(names)} images in {images} are in none of its folders {', '.join(roles)} and "
+            f"are left out: {some(sorted(names))}"
+        )
 
 
 def with_own_masks(images: dict[str, Path], folder: Path) -> list[Item]:
@@ -146,15 +179,12 @@ def with_own_masks(images: dict[str, Path], folder: Path) -> list[Item]:
     return with_masks(images, folder, masks_of(images, folder))
 
 
-def divide_by_masks(images: Path, masks: Path, val: str) -> tuple[list[Item], dict[str, Path]]:
-    """Images with masks, and the paths of those without; the subfolder `val` is left out."""
-    everything = without(images_in(images), val)
-    mask_of = masks_of(everything, masks, val)
-    labelled = [
-        Item(name, path, mask_of[name]) for name, path in everything.items() if name in mask_of
-    ]
-    rest = {name: path for name, path in everything.items() if name not in mask_of}
-    return labelled, rest
+def divide_by_masks(
+    images: dict[str, Path], masks: dict[str, Path]
+) -> tuple[list[Item], dict[str, Path]]:
+    """Images with masks, and the paths of those without."""
+    labelled = [Item(name, path, masks[name]) for name, path in images.items() if name in masks]
+    return labelled, {name: path for name, path in images.items() if name not in masks}
 
 
 def without(paths: dict[str, Path], folder: str) -> dict[str, Path]:
@@ -172,19 +202,26 @@ def masks_of(images: dict[str, Path], folder: Path, val: str = "") -> dict[str, 
         images: the images' files by id.
         folder: of the masks.
         val: a subfolder to leave out.
+
+    Raises:
+        InputError: two masks of one image, of which either could be meant.
     """
     masks = masks_in(folder)
     if val:
         masks = without(masks, val)
     found: dict[str, Path] = {}
-    strangers = []
+    strangers, twice = [], []
     for mask, path in masks.items():
         names = [mask, *(mask.removesuffix(end) for end in ENDINGS if mask.endswith(end))]
         name = next((name for name in names if name in images), None)
         if name is None:
             strangers.append(path.name)
-        elif name not in found or name == mask:
+        elif name in found:
+            twice.append(f"{name} ({found[name].name} and {path.name})")
+        else:
             found[name] = path
+    if twice:
+        raise InputError(f"two masks of one image in {folder}: {some(twice)}; remove one")
     if strangers and found:
         note(f"{len(strangers)} masks in {folder} belong to no image: {some(strangers)}")
     return found

@@ -39,6 +39,7 @@ from common.annotations import (
     read,
 )
 from common.augment import IGNORE
+from common.folder import masks_of
 from common.images import TURNS, open_image
 from common.masks import read_mask, write_mask
 from common.source import IMAGE_SUFFIXES, images_in, masks_in, read_lines, some, voc_colours
@@ -381,6 +382,26 @@ def refuse_overwriting(folder: Path, classes: tuple[str, ...], names: Iterable[s
         raise InputError(f"{len(there)} masks are there already: {some(there)}; give --overwrite")
 
 
+def refuse_second_masks(folder: Path, masks: dict[str, Path], names: Iterable[str]) -> None:
+    """Raise an InputError where an image would get a second mask: `--data folder` refuses two.
+
+    Args:
+        folder: the data set's.
+        masks: those that are there, by the ids of their images.
+        names: ids of the images that get a mask, NAME.png.
+    """
+    others = [
+        str(masks[name])
+        for name in names
+        if name in masks and masks[name] != folder / "masks" / f"{name}.png"
+    ]
+    if others:
+        raise InputError(
+            f"{len(others)} images have a mask already, of another name: {some(others)}; "
+            "remove these first"
+        )
+
+
 def refuse_mixing(folder: Path, classes: tuple[str, ...], names: Iterable[str]) -> None:
     """Raise an InputError where masks of other classes would stay: their labels would be wrong."""
     path = folder / "classes.txt"
@@ -491,6 +512,7 @@ def main(argv: list[str] | None = None) -> None:
     values = {name: index for index, name in enumerate(classes)} | {IGNORED: IGNORE}
     chosen, notes = choose_images(labels, values, args)
     notes = [*labels.notes, *notes, *prepare(chosen, images)]
+    refuse_second_masks(args.folder, masks_of(images, args.folder / "masks"), chosen)
     if not args.overwrite:
         refuse_overwriting(args.folder, classes, chosen)
     refuse_mixing(args.folder, classes, chosen)

@@ -168,6 +168,45 @@ def test_a_folder_for_validation_may_have_other_names(flat, name: str):
     assert [item.name for item in data.val] == ["v"] and len(data.labelled) == 4
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [("validation", "val"), ("VAL", "valid")])
+def test_masks_for_validation_may_lie_in_a_folder_of_another_name(flat, ours: str, theirs: str):
+    """Found wrong once: the masks were said to be missing."""
+    write_picture(flat / "images" / ours / "v.jpg", seed=20)
+    write_mask(flat / "masks" / theirs / "v.png", 3)
+    data = load_data(own(flat))
+    assert [item.name for item in data.val] == ["v"] and len(data.labelled) == 4
+
+
+def test_the_folder_of_the_same_name_goes_first(flat):
+    write_picture(flat / "images/validation/v.jpg", seed=20)
+    for name in ("val", "validation"):
+        write_mask(flat / "masks" / name / "v.png", 3)
+    assert load_data(own(flat)).val[0].mask == flat / "masks/validation/v.png"
+
+
+@pytest.mark.parametrize("names", [("p0", "p0_seg"), ("p0_gt", "p0_seg")])
+def test_two_masks_of_one_image_are_refused(flat, names: tuple[str, str]):
+    """Found wrong once: one of them was taken without a word."""
+    (flat / "masks/p0.png").unlink()
+    for name in names:
+        write_mask(flat / "masks" / f"{name}.png", 3)
+    message = rf"two masks of one image in .*: p0 \({names[0]}\.png and {names[1]}\.png\)"
+    with pytest.raises(InputError, match=message):
+        datasets.load(own(flat))
+
+
+def test_images_beside_the_folders_of_roles_are_counted(own_folder, capsys):
+    datasets.load(own(own_folder))
+    assert "left out" not in capsys.readouterr().err
+    write_picture(own_folder / "images/a.jpg", seed=20)
+    write_picture(own_folder / "images/test/b.jpg", seed=21)
+    data = datasets.load(own(own_folder))
+    assert (len(data.labelled), len(data.unlabelled), len(data.val)) == (4, 6, 2)
+    said = capsys.readouterr().err
+    assert "2 images in" in said and "are left out: a.jpg, test/b.jpg" in said
+    assert "taken for images to train on" not in said
+
+
 def test_a_folder_test_is_questioned(flat, capsys):
     write_picture(flat / "images/test/t.jpg", seed=20)
     datasets.load(own(flat))

@@ -519,6 +519,18 @@ def test_masks_are_not_overwritten_unasked(tmp_path):
     assert (mask_of(tmp_path, "6") == 1).sum() == 200
 
 
+@pytest.mark.parametrize("name", ["a.tif", "a_mask.png"])
+@pytest.mark.parametrize("flags", [(), ("--overwrite",)])
+def test_no_image_gets_a_second_mask(tmp_path, name: str, flags: tuple[str, ...]):
+    """Found wrong once: a.png was written beside a.tif, and training refused the two."""
+    labels = coco_file(tmp_path, {"a.jpg": [(3, SQUARE)]})
+    (tmp_path / "masks").mkdir()
+    Image.new("L", (64, 48)).save(tmp_path / "masks" / name)
+    message = rf"1 images have a mask already, of another name: .*{name}; remove these"
+    refuses(message, labels, tmp_path, *flags)
+    assert [path.name for path in (tmp_path / "masks").iterdir()] == [name]
+
+
 def test_other_classes_are_not_overwritten_unasked(tmp_path):
     labels = coco_file(tmp_path, {"a.jpg": [(3, SQUARE)]})
     (tmp_path / "classes.txt").write_text("background\ndog\ncat\n")
