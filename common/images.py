@@ -30,6 +30,8 @@ FAST_DECODERS = {"JPEG": decode_jpeg}
 if tuple(map(int, torchvision.__version__.split(".")[:2])) <= (0, 26):
     FAST_DECODERS["PNG"] = decode_png
 TAIL = 4096  # bytes at a file's end that are searched for its end marker
+# MPO is a JPEG that holds further ones, as those of phones do; PIL tells the two apart.
+END_MARKERS = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "GIF": b";"}
 BITS = 258  # tag of a TIFF file: bits of each channel
 # Tags of a TIFF file: where its parts begin, and how many bytes each has.
 STRIP_OFFSETS, STRIP_COUNTS, TILE_OFFSETS, TILE_COUNTS = 273, 279, 324, 325
@@ -217,7 +219,7 @@ class ImageFile:
         Raises:
             InputError: the file is truncated.
         """
-        marker = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "GIF": b";"}.get(self.header.format)
+        marker = END_MARKERS.get(self.header.format)
         with naming(self.path, "decoded"):
             with open(self.path, "rb") as file:
                 length = file.seek(0, 2)

@@ -554,6 +554,25 @@ def test_a_camera_may_append_data_to_a_jpeg(tmp_path):
     open_image(tmp_path / "p.jpg").check_end()
 
 
+def test_a_jpeg_that_holds_two_is_not_decoded_to_check_its_end(tmp_path, monkeypatch):
+    """Found wrong once: it was taken for a WebP file, whose length it does not have."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8))
+    picture.save(tmp_path / "p.jpg", format="MPO", save_all=True, append_images=[picture])
+    image = open_image(tmp_path / "p.jpg")
+    assert image.header.format == "MPO"
+    monkeypatch.setattr(image.header, "load", lambda: pytest.fail("decoded"))
+    image.check_end()
+
+
+def test_a_jpeg_that_holds_two_and_is_cut_off_is_named(tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8))
+    picture.save(tmp_path / "p.jpg", format="MPO", save_all=True, append_images=[picture])
+    content = (tmp_path / "p.jpg").read_bytes()
+    (tmp_path / "p.jpg").write_bytes(content[: len(content) // 3])
+    with pytest.raises(InputError, match=r"p\.jpg: cannot be decoded"):
+        open_image(tmp_path / "p.jpg").check_end()
+
+
 def test_images_in_two_sets_are_counted_in_a_note(own_folder, capsys):
     load_data(own(own_folder))
     noted = capsys.readouterr().err  # the miniature set uses the same seeds in its three parts
@@ -574,18 +593,24 @@ def test_images_in_two_sets_are_counted_in_a_note(own_folder, capsys):
     assert note in capsys.readouterr().err
 
 
-def test_only_files_of_one_length_are_hashed(tmp_path):
-    from common.check import Set, same_contents
-
-    paths = {}
-    for name, content in {"a": "12", "b": "12", "c": "13", "d": "123"}.items():
-        paths[name] = tmp_path / name
-        paths[name].write_text(content)
-    hashes = same_contents([Set("x", paths)])
-    assert (
-        set(hashes) == {paths["a"], paths["b"], paths["c"]}
-        and hashes[paths["a"]] == hashes[paths["b"]]
-    )
+def test_only_files_with_the_same_ends_are_read_whole(tmp_path, monkeypatch):
+    """Found wrong once: files of one length, as those of BMP are, were all read whole."""
+    ends = bytes(check.END)
+    contents = {
+        "a": b"12", "b": b"12", "other": b"13", "longer": b"123",
+        "c": ends + b"1" + ends, "d": ends + b"1" + ends, "centre": ends + b"2" + ends,
+        "head": b"1" + ends + ends, "tail": ends + ends + b"1",
+    }  # fmt: skip
+    paths = {name: tmp_path / name for name in contents}
+    for name, content in contents.items():
+        paths[name].write_bytes(content)
+    read = []
+    whole = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or whole(path))
+    hashes = check.same_contents([check.Set("x", paths)])
+    assert sorted(read) == ["a", "b", "c", "centre", "d"]
+    assert hashes[paths["a"]] == hashes[paths["b"]] and hashes[paths["c"]] == hashes[paths["d"]]
+    assert len(set(hashes.values())) == 3
 
 
 def test_a_file_of_another_kind_is_refused_whatever_its_name(tmp_path, monkeypatch):
