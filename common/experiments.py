@@ -128,7 +128,7 @@ EXPERIMENTS = {
         (
             Variant("ST", "stpp.py --plain --retrain-times 1"),
             Variant("CPS without CutMix", "cps.py --no-cutmix"),
-            Variant("CPS without CutMix, as long as both stages", "cps.py --no-cutmix", times=2),
+            Variant("CPS without CutMix, twice as long", "cps.py --no-cutmix", times=2),
             Variant("CPS", "cps.py"),
         ),
     ),
@@ -183,7 +183,7 @@ EXPERIMENTS = {
     "ael-parts": Experiment(
         "what each part of AEL adds (published: Cityscapes, ResNet-101, 1/16)",
         (
-            Variant("none", "ael.py --no-acp --no-acm --no-aes --no-drw", {"1/16": 72.13}),
+            Variant("no part", "ael.py --no-acp --no-acm --no-aes --no-drw", {"1/16": 72.13}),
             Variant("DRW", "ael.py --no-acp --no-acm --no-aes", {"1/16": 73.85}),
             Variant("AES", "ael.py --no-acp --no-acm --no-drw", {"1/16": 74.12}),
             Variant("ACM", "ael.py --no-acp --no-aes --no-drw", {"1/16": 73.89}),
@@ -236,7 +236,7 @@ EXPERIMENTS = {
     "psmt-vat": Experiment(
         "the step ξ of T-VAT",
         (
-            Variant("none", "psmt.py --no-vat"),
+            Variant("no T-VAT", "psmt.py --no-vat"),
             Variant("ξ = 1e-6: a random direction", "psmt.py --xi 1e-6"),
             Variant("ξ = 0.1", "psmt.py --xi 0.1"),
             Variant("ξ = 1", "psmt.py --xi 1"),
