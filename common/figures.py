@@ -360,14 +360,19 @@ def contact_sheet(data: DataSource, path: Path, count: int = 24, columns: int = 
 # ------------------------------------------------------------------------------- of a comparison
 
 
-def dots(labels: list[str], values: list[list[float]], path: Path) -> None:
-    """A line for each label: mIoU in percent of every seed, their mean and standard deviation.
+def dots(labels: list[str], values: list[list[float]], path: Path, line: bool = True) -> None:
+    """A row for each label: mIoU in percent of every seed, their mean and standard deviation.
 
-    The dashed line is the first label's mean, with which the others are compared.
+    Args:
+        labels: of the rows, from the top.
+        values: of each row's seeds.
+        path: of the PNG.
+        line: whether a dashed line is the first row's mean, with which the others are compared.
     """
     size = 6.0, 0.9 + 0.28 * len(labels)
     figure, axis = pyplot().subplots(figsize=size, layout="constrained")
-    axis.axvline(np.mean(values[0]), color="grey", linestyle="--", linewidth=1)
+    if line:
+        axis.axvline(np.mean(values[0]), color="grey", linestyle="--", linewidth=1)
     for place, seeds in enumerate(values):
         deviation = np.std(seeds, ddof=1) if len(seeds) > 1 else 0.0
         axis.scatter(seeds, [place] * len(seeds), s=12, color="tab:orange", alpha=0.8)

@@ -458,7 +458,8 @@ def write_table(path: Path) -> str:
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     rows = comparison.rows
     values = [[result.last for result in row.results] for row in rows]
-    figures.dots(labels(rows), values, path.with_suffix(".png"))
+    one_split = len({row.split for row in rows}) == 1
+    figures.dots(labels(rows), values, path.with_suffix(".png"), line=one_split)
     curves = curve_file(path)
     if curves.exists():
         figures.measure_curves(read_curves(curves), comparison.measure, curves.with_suffix(".png"))
