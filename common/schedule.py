@@ -24,7 +24,7 @@ class Schedule:
     """
 
     def __init__(self, args: argparse.Namespace, images: int, processes: int, times: float = 1):
-        self.eval_iters, self.eval_interval = args.eval_iters, args.eval_interval
+        self.args = args
         self.per_epoch = max(1, images // (args.batch_size * processes))
         if args.max_iters:
             self.total = max(1, round(times * args.max_iters))
@@ -39,7 +39,7 @@ class Schedule:
     @property
     def eval_every(self) -> int:
         """Iterations from one evaluation to the next."""
-        return self.eval_iters or self.eval_interval * self.per_epoch
+        return self.args.eval_iters or self.args.eval_interval * self.per_epoch
 
     def evaluates(self, done: int) -> bool:
         """Whether an evaluation follows iteration `done`; one always follows the last."""
