@@ -12,14 +12,14 @@ Hu, Wei, Hu, Ye, Cui, Wang; NeurIPS 2021, arXiv:2110.05474.
 
 1. Take labelled images x_l and others to paste from, and unlabelled images u1.
 2. Copy-paste (ACP): K classes are drawn for the whole batch, with repetition, with probabilities
-   softmax(sqrt(1 - Conf^c)); in half of the images all their pixels in another labelled image, of
-   another scale, are pasted at the same place: x_l', y'. Supervise the student on the result (voc,
-   cityscapes: on the hard pixels, OHEM, and with an auxiliary head):
+   softmax(sqrt(1 - Conf^c)); with chance ½ all their pixels in another labelled image, of another
+   scale, are pasted at the same place: x_l', y'. Supervise the student on the result (voc,
+   cityscapes, and folder on a GPU: on the hard pixels, OHEM, and with an auxiliary head):
        L_s = CE(f(x_l'), y')
 3. Bank:  Conf^c <- 0.999·Conf^c + 0.001·(mean of p_c(x_l') over the pixels of class c)    [Eq. (4)]
-4. Adaptive CutMix (ACM): for each u1 a class c is drawn with probabilities softmax(1 - Conf), and a
-   crop u2 in which the teacher has seen it. The box M bounds a random connected region of c in
-   argmax f'(u2), or is CutMix-Seg's, of half the area, where there is none:
+4. Adaptive CutMix (ACM): for each u1 a class c is drawn with probabilities softmax(1 - Conf), by
+   the bank before step 3, and a crop u2 in which the teacher has seen it. The box M bounds a random
+   connected region of c in argmax f'(u2), or is CutMix-Seg's, of half the area, without one:
        x_m = M·u2 + (1-M)·u1,   ŷ_m = M·ŷ(u2) + (1-M)·ŷ(u1),   κ_m alike, κ = max p'
 5. Sampling (AES), by the bank as it is now: a pixel which the student predicts as c is kept with
    probability

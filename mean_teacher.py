@@ -39,8 +39,8 @@ another view of the same image.
    --classmix labelled pastes from labelled images instead, ⌈K/2⌉ of their true classes, as DACS
    does from another domain. Pasted pixels then have weight 1 instead of q, and q is of u0 alone:
        x_m = M·x_l + (1-M)·u0,   ŷ_m = M·y + (1-M)·ŷ0
-4. L = L_s + w(t)·L_u;  SGD step for the student. With a ramp-up (on the built-in set), w(t) grows
-   to w in the first T iterations, a share of all; without one it is w:
+4. L = L_s + w(t)·L_u;  SGD step for the student. With a ramp-up (of Mean Teacher, on the
+   built-in set), w(t) grows to w in the first T iterations, a share of all; without one it is w:
        w(t) = w·exp(-5 (1 - t/T)²)                               [the release, after 1610.02242]
 5. teacher <- α·teacher + (1-α)·student,   α = min(1 - 1/(t+1), 0.99) at iteration t = 0, 1, ...
 The teacher is the result; the student is reported beside it.
@@ -51,7 +51,7 @@ The teacher is the result; the student is reported beside it.
 | u0, u1 | images_u           | m, M   | mask                | L_u    | loss_unsup        |
 | f      | student            | f'     | teacher             | w      | args.unsup_weight |
 | ŷ0, ŷ1 | label_0, label_1   | ŷ_m    | target_m            | w(t)   | weight            |
-| q      | confident          | T      | args.ramp_up · all  | α      | args.ema_decay    |
+| q      | confident          | T      | args.ramp_up · all  | α      | <= args.ema_decay |
 
 The probabilities p and p' have no variable: `soft_consistency` makes them of the student's `logits`
 and the teacher's `targets`, which are logits, too, at the resolution of the head.
@@ -75,8 +75,9 @@ Differences from the papers and the released code:
    α = 0.99 from the start and, on VOC, batches of 10 crops of 321 pixels. Here it is trained as
    the other methods are, by SGD with the poly learning rate and the crops of cps.py, with α as in
    step 5.
-5. --colour-jitter changes what the student sees, and the teacher never. It belongs to the follow-up
-   paper, arXiv:2110.04487, whose settings the released scripts have; it is off by default.
+5. --colour-jitter changes the mixed images that the student sees, and the teacher's never. It
+   belongs to the follow-up paper, arXiv:2110.04487, whose settings the released scripts have; it is
+   off by default.
 6. ClassMix is released with batches of one stream, whose images are mixed in a ring; here u0 and u1
    are independent. It evaluates the student. Its teacher averages parameters alone and runs in
    train mode; here the teacher is CutMix-Seg's (3.), so that box and classes can be compared. It
@@ -260,7 +261,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.99,
         metavar="α",
-        help="after its warm-up (default: 0.99)",
+        help="of the teacher, at most (default: 0.99)",
     )
     group.add_argument(
         "--noise-std",
@@ -280,7 +281,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--colour-jitter",
         "--color-jitter",
         action="store_true",
-        help="with CutMix or ClassMix: jitter what the student sees",
+        help="with CutMix or ClassMix: jitter the mixed images that the student sees",
     )
 
 

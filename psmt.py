@@ -17,7 +17,8 @@ Liu, Tian, Chen, Liu, Belagiannis, Carneiro; CVPR 2022, arXiv:2111.12903.
 3. Both teachers predict the weak view. Of the other one only the 7 highest logits of each pixel are
    taken, and else the active one's:
        z' = ½·z_1 + ½·z_2,   κ = max softmax(z'),   ŷ = argmax z'
-4. CutMix of the strong views with others of the batch, and of ŷ and κ alike: x_m, ŷ_m, κ_m.
+4. CutMix of the strong views with those of the batch in a random order, in which an image may meet
+   itself, and of ŷ and κ alike: x_m, ŷ_m, κ_m.
 5. T-VAT: to the student's features h, those that its decoder gets, a change r of length ε is added
    that moves the mean prediction q of both teachers' decoders most:
        d random, of unit length,   g = ∇_d KL(q(h) ‖ q(h + ξ·d)),   r = ε · g / ‖g‖
@@ -28,7 +29,8 @@ Liu, Tian, Chen, Liu, Belagiannis, Carneiro; CVPR 2022, arXiv:2111.12903.
 7. L = L_s + w(t)·L_u, where w(t) grows by a cosine to w in the first epochs:
        w(t) = w · ½ (1 - cos(π t / T))
    SGD step for the student.
-8. t_a <- α·t_a + (1-α)·student, BatchNorm's statistics included; the other teacher stays.
+8. t_a <- α·t_a + (1-α)·student, BatchNorm's statistics included. The other teacher's parameters
+   stay; statistics of both follow their own batches in step 3, too.
 The result is the mean of both teachers' logits. Each teacher and the student are reported, too.
 
 | symbol | variable           | symbol | variable         | symbol | variable          |
@@ -41,8 +43,8 @@ The result is the mean of both teachers' logits. Each teacher and the student ar
 
 h are features (N,F,h,w), and q the softmax of the mean of both teachers' logits of them. In step 7
 t counts epochs from the end of the warm-up on. `confident` is the share of pixels with κ_m >= τ,
-`agreement` the share of pixels, at the resolution of the logits, with the same label by both
-teachers.
+`agreement` the share of pixels, at the resolution of the logits and with padding, that have the
+same label by both teachers.
 
 Differences from the paper and the released code (yyliu01/PS-MT, VocCode). The paper's own text was
 not at hand: what is here is the release.
@@ -410,7 +412,7 @@ def label_and_mix(
     found = pseudo_label(logits_t, size, with_confidence=True)
     agreement = (logits[0].argmax(1) == logits[-1].argmax(1)).float().mean()
 
-    # x_m, ŷ_m, κ_m: a box of each image comes from another one of the batch
+    # x_m, ŷ_m, κ_m: a box of each image comes from one of the batch in another order
     seen = normalise(batch_u["image_strong"], valid_mask) if args.strong else weak
     boxes, order = beta_boxes(len(weak), size[0], args.seed, iteration)
     mask = rasterise(boxes.to(weak.device, non_blocking=True), size[0])

@@ -118,6 +118,7 @@ the teacher's labels and once on the mixed ones. Differences of that branch:
 import argparse
 import copy
 import os
+import sys
 from typing import NamedTuple
 
 import torch
@@ -276,11 +277,11 @@ LATER_MEASURES = ("loss_unsup", "loss_contrast", "kept", "anchors", "fill")  # a
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The settings of a run: the shared flags and those of U2PL."""
-    parser = cli.parser(__doc__, PRESETS)
+    with_ael = "--ael" in (sys.argv[1:] if argv is None else argv)
+    presets = WITH_AEL if with_ael else PRESETS
+    parser = cli.parser(__doc__, presets)  # whose help lists them
     add_flags(parser)
-    given, _ = parser.parse_known_args(argv)
-    presets = WITH_AEL if given.ael else PRESETS
-    args = cli.finish(parser, presets, "u2pl-ael" if given.ael else "u2pl", argv)
+    args = cli.finish(parser, presets, "u2pl-ael" if with_ael else "u2pl", argv)
     if args.ael:  # what `common.adaptive` reads
         vars(args).update(acp=True, acm=True, conf_thresh=0.0, copy_paste_classes=None)
     check(args, parser)
@@ -340,8 +341,8 @@ def add_contrast_flags(group: argparse._ArgumentGroup) -> None:
         "--contrast-weight",
         type=float,
         metavar="λ",
-        help="of the contrastive loss "
-        "(default: voc and folder 0.25, cityscapes 0.125, else 1; the paper: 0.1)",
+        help="of the contrastive loss (default: 1; voc, and folder on a GPU, 0.25; "
+        "cityscapes 0.125, with --ael 0.0125; the paper: 0.1)",
     )
     group.add_argument(
         "--no-contrast",
@@ -384,7 +385,7 @@ def add_contrast_flags(group: argparse._ArgumentGroup) -> None:
         "--no-prt",
         dest="prt",
         action="store_false",
-        help="... or whatever the rank (Table 6)",
+        help="... or whatever the rank, but for the class of its own label (Table 6)",
     )
 
 

@@ -21,7 +21,7 @@ same image under two strong augmentations, and under a perturbation of its featu
    strong s_1, s_2.                                            [dual-stream perturbation, DusPerb]
 2. Label x'_w, in eval mode, as released. A label is kept where the network is sure:
        ŷ' = argmax p'_w where max p'_w >= τ, else 255                                 [FixMatch]
-3. Mix the strong views by small boxes M_1, M_2, drawn independently; half of the images get none:
+3. Mix the strong views by small boxes M_1, M_2, drawn independently, each with chance ½:
        x_k = M_k·s_k' + (1-M_k)·s_k
 4. One forward pass of [x_l; x_w] through the backbone. The head gets its features, at stride 4 and
    of the last layer, twice in one batch: as they are, and with each channel dropped with

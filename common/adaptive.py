@@ -181,7 +181,7 @@ def copy_paste_step(
     iteration: int,
     args: argparse.Namespace,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The labelled images, with something pasted into half of them.
+    """The labelled images, with something pasted into each with chance ½.
 
     Args:
         batch_l: labelled images.

@@ -106,8 +106,8 @@ def scale_rule(text: str) -> ScaleRule:
     except ValueError:
         pass
     raise InputError(
-        f"--scale {text}: give factors such as 0.5,1,2, or uniform:0.5-2, or long:200-800, "
-        "or half-or-double"
+        f"--scale {text}: give factors such as 0.5,1,2, or uniform:0.5-2, or halves:0.5-2, "
+        "or long:200-800, or half-or-double"
     )
 
 
@@ -184,8 +184,8 @@ def fit(pixels: Tensor, window: Window, mode: str) -> Tensor:
     return pixels.flip(1) if window.flip else pixels
 
 
-# The colours of ST++ and UniMatch. Source: the released code of both; theirs blurs with another
-# filter, PIL's.
+# The colours of ST++, UniMatch and PS-MT. Source: their released code; those of the first two blur
+# with another filter, PIL's, that of PS-MT with smaller ones.
 COLOURS = v2.Compose(
     [
         v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.5, hue=0.25)], p=0.8),

@@ -89,7 +89,9 @@ def parser(doc: str, presets: dict[str, dict]) -> argparse.ArgumentParser:
     defaults = {data: {**splits[data], **preset} for data, preset in presets.items()}
     top = argparse.ArgumentParser(
         description=description,
-        epilog=f"defaults of the data sets:\n{listed(defaults)}\n\nexamples:\n{commands}",
+        epilog=f"defaults of the data sets:\n{listed(defaults)}\n"
+        "  (folder on a CPU, or with --backbone tiny: those of shapes)\n\n"
+        f"examples:\n{commands}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -199,7 +201,8 @@ def add_schedule_flags(top: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=positive,
         metavar="N",
-        help="labelled images per process, and as many unlabelled beside them",
+        help="labelled images per process; each batch of unlabelled ones is as large "
+        "(stpp.py: all images of a batch)",
     )
     group.add_argument(
         "--lr", type=float, help="learning rate of the backbone, for the global batch"
@@ -210,8 +213,8 @@ def add_schedule_flags(top: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--scale",
         metavar="RULE",
-        help="random scale: factors (0.5,1,2), uniform:0.5-2, long:200-800 (pixels), "
-        "or half-or-double",
+        help="random scale: factors (0.5,1,2), uniform:0.5-2, halves:0.5-2 (below or above 1 "
+        "with equal chance), long:200-800 (pixels), or half-or-double",
     )
 
 

@@ -32,7 +32,7 @@ def draw_boxes(
 
     in units of the image's side: a box of area a and a random aspect ratio that fits the image.
     With several boxes, both sides of each are scaled by sqrt(1 / boxes). The corner is uniform over
-    all places at which the box lies inside.
+    all places at which the box lies inside; rounded, so that the two ends come half as often.
 
     Source: the released CutMix-Seg and CPS.
 
