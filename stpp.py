@@ -62,6 +62,7 @@ import csv
 import functools
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -364,7 +365,7 @@ def prepare(args: argparse.Namespace) -> DataSource:
     stages = [stage_folder(args, stage) for stage in range(1, count + 1)]
     if not args.resume and any(map(checkpoint.occupied, stages)):
         raise InputError(
-            f"{args.run} holds a run already; go on with --resume {args.run}, "
+            f"{args.run} holds a run already; go on with --resume {shlex.quote(args.run)}, "
             "or choose another --output-dir"
         )
     if args.eval_only and not (Path(args.run) / "last.pt").is_file():

@@ -5,6 +5,9 @@ README.md is the map.
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -19,6 +22,15 @@ def lacks_memory(error: BaseException) -> bool:
         return True
     # PyTorch reports a lack of main memory as a plain RuntimeError.
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a full disk or a forbidden folder into an InputError that names the file or folder."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write to {path}: {error.strerror or error}") from None
 
 
 def note(text: str) -> None:

@@ -38,11 +38,13 @@ class Look(NamedTuple):
         size: as viewers show it.
         deep_grey: whether it is grey with more than 8 bits.
         deep_colour: whether it has 16 bits a channel, but is in colour or has alpha.
+        lost_bands: whether it is a TIFF of more bands than are read.
     """
 
     size: Size
     deep_grey: bool
     deep_colour: bool
+    lost_bands: bool
 
 
 def files(data: DataSource) -> dict[Path, Look]:
@@ -64,7 +66,7 @@ def _look(item: Item) -> Look:
     """The header of an image whose file, and whose mask's file, looks whole."""
     image = open_image(item.image)
     with image.header:
-        look = Look(image.size, image.deep_grey, image.deep_colour)
+        look = Look(image.size, image.deep_grey, image.deep_colour, image.lost_bands)
         if isinstance(item.mask, Path):
             mask = open_mask(item.mask, image)
             with mask.header:
@@ -73,11 +75,12 @@ def _look(item: Item) -> Look:
     return look
 
 
-def note_deep_colour(looks: dict[Path, Look]) -> None:
-    """Print a line where images in colour, or with alpha, have 16 bits a channel.
+def note_losses(looks: dict[Path, Look]) -> None:
+    """Print a line where not all is read that images hold: bits or bands.
 
-    The higher 8 are read, so that an image of a 12-bit camera is almost black; there is no range
-    for these as `grey_range` finds one for grey.
+    Of images in colour, or with alpha, of 16 bits a channel the higher 8 are read, so that an image
+    of a 12-bit camera is almost black; there is no range for these as `grey_range` finds one for
+    grey.
 
     Args:
         looks: what `files` returned.
@@ -87,6 +90,12 @@ def note_deep_colour(looks: dict[Path, Look]) -> None:
         note(
             f"of {len(deep)} images with 16 bits a channel, in colour or with alpha, the higher 8 "
             f"are read; if these look dark, save them with 8 bits, or as plain grey: {some(deep)}"
+        )
+    more = [str(path) for path, look in looks.items() if look.lost_bands]
+    if more:
+        note(
+            f"{len(more)} TIFFs have more bands than are read, the first of grey or the first "
+            f"three of colour: {some(more)}"
         )
 
 
@@ -113,15 +122,23 @@ def grey_range(data: DataSource, looks: dict[Path, Look]) -> Range:
     if not items:
         return DEEP_GREY
     chosen = spread(items, MASKS)
-    found = _all_or_error(lambda item: _some_values(item.image), chosen)
-    values = np.concatenate(list(found.values()))
+    found = _all_or_error(lambda item: some_values(item.image), chosen)
+    return range_of(np.concatenate(list(found.values())), chosen[0].image)
+
+
+def range_of(values: np.ndarray, path: Path) -> Range:
+    """The lowest and the highest of some values, but for the outliers.
+
+    Raises:
+        InputError: there are none; the message names the file `path`.
+    """
     if not len(values):
-        raise InputError(f"{chosen[0].image}: no pixel has a value that is a number")
+        raise InputError(f"{path}: no pixel has a value that is a number")
     low, high = np.percentile(values, (OUTLIERS, 100 - OUTLIERS))
     return float(low), float(high)
 
 
-def _some_values(path: Path) -> np.ndarray:
+def some_values(path: Path) -> np.ndarray:
     """Some 10 000 values of a deep grey image, from all over it, without what is no number."""
     values = open_image(path).deep_values().ravel()
     values = values[:: max(1, len(values) // VALUES)]

@@ -16,6 +16,7 @@ They are written so that a run that dies at any moment leaves no broken file.
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -149,7 +150,7 @@ def saved_first(save: Callable[[], None], done: int, args: argparse.Namespace) -
         run = getattr(args, "run", args.output_dir)
         raise InputError(
             f"{last_line(error)}; saved at iteration {done}: repair or remove the file, "
-            f"then go on with --resume {run}"
+            f"then go on with --resume {shlex.quote(str(run))}"
         ) from None
     except (RuntimeError, ConnectionError, EOFError) as error:
         message = str(error)

@@ -43,7 +43,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from common import InputError, checkpoint, cli, tables
+from common import InputError, checkpoint, cli, tables, writing
 from common.datasets import DATASETS
 from common.experiments import EXPERIMENTS, METHODS, Experiment, Variant
 from common.runner import Runner, Runs, Task, read_iou, read_metrics, slug
@@ -326,17 +326,17 @@ def main(argv: list[str] | None = None) -> None:
         InputError: a run failed, or a folder holds another one.
     """
     args = parse_args(argv)
-    try:
+    with writing(args.output):
         args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {args.output}: {error.strerror}") from None
     for name in args.experiment or ["methods"]:
         experiment = EXPERIMENTS[name]
         if args.methods or args.method_flags:
             experiment = experiment._replace(variants=chosen_variants(args))
             name = "+".join(args.methods) if args.methods else name
             name += "".join(f"+{method}-{slug(flags)}" for method, flags in args.method_flags)
-        write_reports(name, experiment, run_all(experiment, args), args)
+        compared = run_all(experiment, args)
+        with writing(args.output):
+            write_reports(name, experiment, compared, args)
 
 
 def chosen_variants(args: argparse.Namespace) -> tuple[Variant, ...]:

@@ -156,7 +156,7 @@ def load_data(args: argparse.Namespace) -> DataSource:
     """
     data = replace(datasets.load(args), long_side=args.long_side)
     looks = check.files(data)
-    check.note_deep_colour(looks)
+    check.note_losses(looks)
     data = replace(data, grey_range=known_grey_range(args) or check.grey_range(data, looks))
     check.masks(data)
     check.note_shared_images(data)
@@ -178,14 +178,19 @@ def load_data(args: argparse.Namespace) -> DataSource:
 
 
 def known_grey_range(args: argparse.Namespace) -> Range | None:
-    """That of a run which is resumed: images may have been taken away since."""
+    """That of a run which is resumed: images may have been taken away since.
+
+    While the first stage of ST or ST++ trains, it alone has one.
+    """
     if not getattr(args, "resume", False):
         return None
-    path = Path(args.output_dir)
-    if not (path / "args.json").is_file():
-        return None
-    found = checkpoint.read_description(path).get("grey_range")
-    return tuple(found) if found else None
+    run = Path(args.output_dir)
+    for folder in (run, run / "stage-1"):
+        if (folder / "args.json").is_file():
+            found = checkpoint.read_description(folder).get("grey_range")
+            if found:
+                return tuple(found)
+    return None
 
 
 class TrainSet(Dataset):

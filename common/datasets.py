@@ -137,10 +137,12 @@ def voc(args: argparse.Namespace) -> DataSource:
     """PASCAL VOC 2012 with SBD's masks: the 10582 images of train_aug, 1449 for validation."""
     place = "give the VOC2012 or VOCdevkit folder with --data-dir"
     root = data_dir(args, f"add --download to fetch VOC 2012 and SBD, or {place}")
-    train, val = (read_list(source.SPLITS / "voc" / f"{name}.txt") for name in ("train", "val"))
+    lists = source.SPLITS / "voc"
+    train, val = read_list(lists / "train.txt"), read_list(lists / "val.txt")
     if args.download:
         base = voc_base(root) or root / "VOCdevkit" / "VOC2012"  # where the archive will put it
-        download_voc(root, base, (*train, *val), voc_colours(256))
+        own = (*read_list(lists / "1464.txt"), *val)
+        download_voc(root, base, (*train, *val), own, voc_colours(256))
     base = voc_base(root)
     if base is None:
         raise InputError(f"no JPEGImages folder in {root}; {place}")

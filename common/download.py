@@ -84,7 +84,11 @@ def git_tree_hash(folder: Path) -> str:
 
 
 def download_voc(
-    root: Path, base: Path, names: Sequence[str], colours: Sequence[tuple[int, int, int]]
+    root: Path,
+    base: Path,
+    names: Sequence[str],
+    own: Sequence[str],
+    colours: Sequence[tuple[int, int, int]],
 ) -> None:
     """Fetch VOC 2012 and SBD by torchvision, and write one mask an image to SegmentationClassAug.
 
@@ -94,6 +98,7 @@ def download_voc(
         root: the folder to fill; SBD goes to its subfolder "sbd".
         base: the VOC2012 folder in, at or below `root`.
         names: ids of all images that training and validation need.
+        own: ids of those that have masks of VOC itself.
         colours: an RGB triple for each of the 256 labels, the palette of the masks.
 
     Raises:
@@ -103,7 +108,9 @@ def download_voc(
 
     sbd = root / "sbd"
     try:
-        if not all((base / "JPEGImages" / f"{name}.jpg").is_file() for name in names):
+        unpacked = [base / "JPEGImages" / f"{name}.jpg" for name in names]
+        unpacked += [base / "SegmentationClass" / f"{name}.png" for name in own]
+        if not all(path.is_file() for path in unpacked):
             VOCSegmentation(str(root), year="2012", image_set="trainval", download=True)
         if not (sbd / "cls").is_dir():
             SBDataset(str(sbd), image_set="train", mode="segmentation", download=True)

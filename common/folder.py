@@ -512,7 +512,7 @@ class Seen:
         colours: the colours that occur, those of palettes included.
         coloured: whether `pixels` counts colours.
         grey: whether all of these colours are grey.
-        rgb: whether a mask is a colour image, without a palette.
+        rgb: whether a mask is a colour image, without a palette or a GIF.
     """
 
     pixels: Counter
@@ -535,29 +535,31 @@ class Seen:
 def look_at(masks: Sequence[Path]) -> Seen:
     """Decode some masks, spread evenly.
 
-    Raises:
-        InputError: one cannot be read.
+    Those that cannot be read are left out: `check` names them all.
     """
     pixels: Counter = Counter()
     places: dict[int | Colour, Path] = {}
     colours: set[Colour] = set()
-    modes = set()
+    rgb = False
     for path in spread(masks, LOOKED_AT):
-        mask = open_image(path, MASK_FORMATS)
-        mode = mask.header.mode
-        modes.add(mode)
-        in_rgb = colours_in(mask.colours())
+        try:
+            mask = open_image(path, MASK_FORMATS)
+            found = None if mask.coloured else values_in(mask.values())
+            in_rgb = colours_in(mask.colours())
+        except InputError:
+            continue
         colours |= set(in_rgb)
-        found = in_rgb if mode in ("RGB", "RGBA") else values_in(mask.values())
+        rgb = rgb or mask.coloured
+        found = found or in_rgb
         pixels.update(found)
         places = dict.fromkeys(found, path) | places
-    if modes & {"RGB", "RGBA"}:  # values of other masks are grey colours
+    if rgb:  # values of other masks are grey colours
         keys = {key: key if isinstance(key, tuple) else (key,) * 3 for key in pixels}
         places = {keys[key]: path for key, path in places.items()}
         pixels = sum((Counter({keys[key]: count}) for key, count in pixels.items()), Counter())
     coloured = any(isinstance(key, tuple) for key in pixels)
     grey = all(len(set(key)) == 1 for key in pixels if isinstance(key, tuple))
-    return Seen(pixels, places, colours, coloured, grey, bool(modes & {"RGB", "RGBA"}))
+    return Seen(pixels, places, colours, coloured, grey, rgb)
 
 
 def some_pixels(array: np.ndarray) -> np.ndarray:

@@ -32,7 +32,8 @@ if tuple(map(int, torchvision.__version__.split(".")[:2])) <= (0, 26):
 TAIL = 4096  # bytes at a file's end that are searched for its end marker
 # MPO is a JPEG that holds further ones, as those of phones do; PIL tells the two apart.
 END_MARKERS = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "GIF": b";"}
-BITS = 258  # tag of a TIFF file: bits of each channel
+BITS, SAMPLES = 258, 277  # tags of a TIFF file: bits of each channel, and how many there are
+TIFF_BEGINS = (b"II*\0", b"MM\0*")  # the first bytes of a TIFF file
 # Tags of a TIFF file: where its parts begin, and how many bytes each has.
 STRIP_OFFSETS, STRIP_COUNTS, TILE_OFFSETS, TILE_COUNTS = 273, 279, 324, 325
 
@@ -127,6 +128,27 @@ class ImageFile:
         tile = self.header.tile
         return self.header.format == "PNG" and bool(tile) and tile[0].args.endswith(";16B")
 
+    @property
+    def lost_bands(self) -> bool:
+        """Whether it is a TIFF of more bands than are read: one of grey, or three of colour."""
+        if self.header.format != "TIFF":
+            return False
+        read = 3 if self.header.mode == "RGBX" else len(self.header.getbands())
+        return self.header.tag_v2.get(SAMPLES, 1) > read
+
+    @property
+    def coloured(self) -> bool:
+        """Whether a mask's pixels are colours and no values.
+
+        The numbers in a GIF are none: programs number its palette anew when they write it. So those
+        of a grey palette are its greys, and any other palette makes colours.
+        """
+        if self.header.format == "GIF":
+            with naming(self.path, "decoded"):
+                used = self.header.convert("RGB").getcolors(256)
+            return any(len(set(colour)) > 1 for _, colour in used)
+        return self.header.mode in ("RGB", "RGBA")
+
     def halve(self) -> bool:
         """Decode at half the size from now on, if that is possible; returns whether it is.
 
@@ -189,10 +211,13 @@ class ImageFile:
                 "save it as an indexed or an 8-bit grey PNG"
             )
         with naming(self.path, "decoded"):
-            self.header.load()
-            values = np.array(self._part(self.header, box))
+            header = self.header
+            if header.format == "GIF":  # see `coloured`
+                header = header.convert("RGB")
+            header.load()
+            values = np.array(self._part(header, box))
         if values.ndim == 3:
-            return one_channel(values, self.header.mode, self.path)
+            return one_channel(values, header.mode, self.path)
         if values.dtype in (bool, np.uint8):
             return values.astype(np.uint8, copy=False)
         impossible = (values < 0) | (values > 65535) | (values != np.floor(values))
@@ -373,12 +398,26 @@ def open_image(
             return ImageFile(path, header, exif_orientation(header), grey_range)
     except InputError as error:
         if "cannot identify image file" in str(error):
-            *others, last = formats
-            names = f"{', '.join(others)} or {last}" if others else last
+            raise InputError(f"{path}: cannot be read ({unknown_kind(path, formats)})") from None
+        if "decompression bomb" in str(error):
+            most = 2 * Image.MAX_IMAGE_PIXELS // 1_000_000
             raise InputError(
-                f"{path}: cannot be read (no {names} file, whatever its name says)"
+                f"{path}: more than {most} million pixels; cut it into smaller images"
             ) from None
         raise
+
+
+def unknown_kind(path: Path, formats: Sequence[str]) -> str:
+    """Why PIL finds no image in a file."""
+    with open(path, "rb") as file:
+        if file.read(4) in TIFF_BEGINS:
+            return (
+                "a kind of TIFF that PIL does not know, such as 64-bit floats; "
+                "save it as grey or RGB of 8 or 16 bits"
+            )
+    *others, last = formats
+    names = f"{', '.join(others)} or {last}" if others else last
+    return f"no {names} file, whatever its name says"
 
 
 def open_mask(path: Path, image: ImageFile | Drawn | Shrunk) -> ImageFile:

@@ -14,11 +14,11 @@ without any annotation may be unlabelled or may show no object: `--empty` says w
 """
 
 import argparse
+import os
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common import InputError, figures
+from common import InputError, check, figures, writing
 from common.annotations import (
     BACKGROUND,
     IGNORED,
@@ -276,7 +276,7 @@ def draw_page(
     blends, notes = {}, []
     for name in (names[place] for place in places):
         try:
-            pixels = figures.shrink(open_image(images[name]).pixels().numpy())
+            pixels = figures.shrink(shown_pixels(images[name]))
         except InputError as error:
             notes.append(str(error))
             continue
@@ -285,6 +285,18 @@ def draw_page(
     if blends:
         save_page(blends, classes, folder / "labels.png")
     return notes
+
+
+def shown_pixels(path: Path) -> np.ndarray:
+    """The pixels of an image, (H,W,3) uint8; grey of more than 8 bits by its own range.
+
+    Raises:
+        InputError: it cannot be decoded.
+    """
+    image = open_image(path)
+    if image.deep_grey:
+        image.grey_range = check.range_of(check.some_values(path), path)
+    return image.pixels().numpy()
 
 
 def save_page(blends: dict[str, np.ndarray], classes: tuple[str, ...], path: Path) -> None:
@@ -316,15 +328,6 @@ def save_page(blends: dict[str, np.ndarray], classes: tuple[str, ...], path: Pat
 # --------------------------------------------------------------------------------- files, messages
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError inside into an InputError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
-
-
 def image_folder(folder: Path, given: Path | None) -> Path:
     """Where the images lie: DIR/images, or what `--images` gives.
 
@@ -337,10 +340,10 @@ def image_folder(folder: Path, given: Path | None) -> Path:
     """
     link = folder / "images"
     if given is None:
-        if not link.is_dir():
+        if not os.path.isdir(link):  # Path.is_dir raises where a folder may not be entered
             raise InputError(f"no folder {link}; put the images there or give --images FOLDER")
         return link
-    if not given.is_dir():
+    if not os.path.isdir(given):
         raise InputError(f"--images: no folder {given}")
     if folder.resolve().is_relative_to(given.resolve()):
         raise InputError(f"--images {given}: {folder} lies in it; give a folder of images alone")

@@ -25,6 +25,7 @@ variance of several networks and covers all images instead.
 
 import argparse
 import csv
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import InputError
+from common import InputError, note, writing
 from common.deeplabv3plus import MeanLogits
 from common.evaluate import image_miou
 from common.figures import colourise, legend, pyplot, save, shrink
@@ -202,25 +203,18 @@ def write_table(
     measured: dict[str, dict[str, float]],
     score: dict[str, float],
 ) -> None:
-    """Write label_next.csv: the chosen images in order, then the others by falling uncertainty.
-
-    Raises:
-        InputError: the disk is full or the folder cannot be written to.
-    """
+    """Write label_next.csv: the chosen images in order, then the others by falling uncertainty."""
     rest = sorted(set(score) - set(chosen), key=lambda name: (-score[name], name))
     columns = ["order", "image", "uncertainty", "mean_entropy", "stability", "distance"]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            for order, name in enumerate([*chosen, *rest], start=1):
-                numbers = score[name], measured[name]["mean_entropy"], measured[name]["stability"]
-                values = [*numbers, chosen.get(name)]
-                written = ["" if value is None else f"{value:.4f}" for value in values]
-                writer.writerow([order if name in chosen else "", name, *written])
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        for order, name in enumerate([*chosen, *rest], start=1):
+            numbers = score[name], measured[name]["mean_entropy"], measured[name]["stability"]
+            values = [*numbers, chosen.get(name)]
+            written = ["" if value is None else f"{value:.4f}" for value in values]
+            writer.writerow([order if name in chosen else "", name, *written])
 
 
 def draw(path: Path, chosen: list[str], shown: dict[str, dict], description: dict) -> None:
@@ -269,6 +263,11 @@ def without_known(found: dict[str, Path], run: Path) -> dict[str, Path]:
     """The images that are neither labelled nor for validation in a run, by their files."""
     path = run / "files_with_masks.txt"
     known = set(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else set()
+    if known and not any(map(os.path.exists, known)):
+        note(
+            f"the run's images are no longer where they were, such as {min(known)}: "
+            "some of those below may have masks"
+        )
     left = {name: path for name, path in found.items() if str(path.resolve()) not in known}
     if not left:
         raise InputError("all of these images have masks in the run already")
@@ -309,8 +308,9 @@ def main(argv: list[str] | None = None) -> None:
     places, distances = spread_out(torch.stack([features[name] for name in names]), args.count)
     chosen = {names[place]: distance for place, distance in zip(places, distances)}
 
-    write_table(output / "label_next.csv", chosen, measured, score)
-    draw(output / "label_next.png", list(chosen), shown, description)
+    with writing(output):
+        write_table(output / "label_next.csv", chosen, measured, score)
+        draw(output / "label_next.png", list(chosen), shown, description)
     print(f"{len(chosen)} images to label next: {output}/label_next.csv and label_next.png")
 
 

@@ -7,11 +7,14 @@ and the run prints it with its reason.
 """
 
 import argparse
+import os
 from pathlib import Path
 from statistics import median
 
 import torch
 
+from common import InputError
+from common.folder import val_folder
 from common.images import open_image, working_size
 from common.source import images_in, spread
 
@@ -37,16 +40,14 @@ def own_preset(args: argparse.Namespace, presets: dict[str, dict]) -> tuple[dict
             `folder` for the others.
 
     Returns:
-        The preset, and a line for each choice with its reason. Where there are no images it is the
-        preset of `folder` as it is: what is wrong is said when the data set is loaded.
-
-    Raises:
-        InputError: images that cannot be read.
+        The preset, and a line for each choice with its reason. Where there are no images, or none
+        that can be read, it is the preset of `folder` as it is: what is wrong is said when the data
+        set is loaded.
     """
     images = images_of(Path(args.data_dir) / "images") if args.data_dir else []
-    if not images:
+    sizes = sizes_of(spread(images, MEASURED))
+    if not sizes:
         return dict(presets["folder"]), []
-    sizes = [open_image(path).size for path in spread(images, MEASURED)]
 
     cuda = args.device.startswith("cuda") if args.device else torch.cuda.is_available()
     small = args.backbone == "tiny" if args.backbone else not cuda
@@ -67,8 +68,21 @@ def own_preset(args: argparse.Namespace, presets: dict[str, dict]) -> tuple[dict
 
 def images_of(folder: Path) -> list[Path]:
     """The images that `--data folder` reads: those in the folders of roles, or all."""
-    roles = ("labelled", "unlabelled", "val") if (folder / "labelled").is_dir() else (".",)
+    roles: tuple[str, ...] = (".",)
+    if os.path.isdir(folder / "labelled"):  # Path.is_dir raises where a folder may not be entered
+        roles = "labelled", "unlabelled", val_folder(folder)
     return [path for role in roles for path in images_in(folder / role).values()]
+
+
+def sizes_of(images: list[Path]) -> list[tuple[int, int]]:
+    """(width, height) of each image that can be read."""
+    sizes = []
+    for path in images:
+        try:
+            sizes.append(open_image(path).size)
+        except InputError:
+            pass  # named with all others when the data set is loaded
+    return sizes
 
 
 def longest(sizes: list[tuple[int, int]]) -> str:

@@ -30,7 +30,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -42,7 +41,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from common import InputError, checkpoint, cli
+from common import InputError, checkpoint, cli, note, writing
 from common.augment import normalise
 from common.data import BATCH_IMAGES, BATCH_PIXELS, new_loader
 from common.deeplabv3plus import DeepLabV3Plus, MeanLogits
@@ -132,7 +131,7 @@ class Files(Dataset):
     def __init__(self, paths: dict[str, Path], description: dict):
         self.names, self.paths = list(paths), list(paths.values())
         self.long_side = description["args"].get("long_side")
-        self.grey_range = description.get("grey_range", DEEP_GREY)
+        self.grey_range = tuple(description.get("grey_range") or DEEP_GREY)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -157,6 +156,7 @@ class EqualSizes(Sampler):
 
     def __init__(self, files: Files):
         self.files = files
+        self.told = False  # of grey that the run has not seen
 
     def __iter__(self) -> Iterator[list[int]]:
         for start in range(0, len(self.files), LOOK_AHEAD):
@@ -175,6 +175,13 @@ class EqualSizes(Sampler):
         except InputError:
             return 0, 0
         with image.header:
+            if image.deep_grey and self.files.grey_range == DEEP_GREY and not self.told:
+                self.told = True
+                note(
+                    f"the run saw no grey of more than 8 bits, so that in images such as "
+                    f"{image.path} 0 is black and 65535 white; if these look dark, save them with "
+                    "8 bits"
+                )
             return image.size
 
 
@@ -283,8 +290,7 @@ def predict_all(
         predict: predicts images (N,3,H,W), with maps of a size (height, width).
     """
     before: Batch | None = None
-    loader = new_loader(files, args, batch_sampler=EqualSizes(files), collate_fn=collate)
-    for whole, broken, images in loader:
+    for whole, broken, images in load(files, args):
         for batch in predict_or_split(whole, images, device, predict):
             if batch[2] is None:
                 broken += batch[0]
@@ -296,6 +302,24 @@ def predict_all(
             yield broken, None, None
     if before is not None:
         yield ready(before)
+
+
+def load(
+    files: Files, args: argparse.Namespace
+) -> Iterator[tuple[list[dict], list[dict], Tensor | None]]:
+    """The batches of `collate`.
+
+    Raises:
+        InputError: a process that reads images was killed.
+    """
+    loader = new_loader(files, args, batch_sampler=EqualSizes(files), collate_fn=collate)
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{reason} Too little memory, most likely: fewer of them (-j)") from None
 
 
 def predict_or_split(
@@ -350,10 +374,12 @@ class Output:
         self.folder, self.args, self.settings = folder, args, settings
         self.classes, self.colours = description["classes"], description["colours"]
         self.background = 0 if self.classes[0] == "background" else None
-        self.columns = ["image", *ORIGIN, *MEASURES, *self.classes]
+        about = ["image", *ORIGIN, *MEASURES]
+        shares = [f"class {name}" if name in about else name for name in self.classes]
+        self.columns = [*about, *shares]
         self.table, self.memory = folder / "predictions.csv", folder / "settings.json"
         self.rows: dict[str, dict] = {}
-        with self.writing(folder):
+        with writing(folder):
             for part in self.parts():
                 (folder / part).mkdir(parents=True, exist_ok=True)
             known = self.memory.read_text(encoding="utf-8") if self.memory.is_file() else "{}"
@@ -362,20 +388,12 @@ class Output:
 
     def begin(self, left: dict[str, Path]) -> None:
         """Write the lines of the images that stay as they are; those of `left` will follow."""
-        with self.writing(self.table):
+        with writing(self.table):
             checkpoint.write(self.settings, self.memory)
             self.file = open(self.table, "w", newline="", buffering=1, encoding="utf-8")
             self.writer = csv.DictWriter(self.file, self.columns)
             self.writer.writeheader()
             self.writer.writerows(row for name, row in self.rows.items() if name not in left)
-
-    @contextmanager
-    def writing(self, path: Path) -> Iterator[None]:
-        """Turn a full disk or a forbidden folder into an InputError that names it."""
-        try:
-            yield
-        except OSError as error:
-            raise InputError(f"cannot write to {path}: {error.strerror or error}") from None
 
     def parts(self) -> dict[str, str]:
         """The subfolders that are written, and the suffix of their files."""
@@ -414,7 +432,7 @@ class Output:
             InputError: the disk is full or the folder cannot be written to.
         """
         path = self.path(part, name)
-        with self.writing(path):
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path, quality=90)
 
@@ -425,7 +443,7 @@ class Output:
         measures = found.mean_entropy[index].item(), found.mean_confidence[index].item()
         values = [f"{value:.4f}" for value in (*measures, *shares.tolist())]
         line = [sample["name"], *origin(sample["path"]).values(), *values]
-        with self.writing(self.table):
+        with writing(self.table):
             self.writer.writerow(dict(zip(self.columns, line)))
 
 
@@ -516,7 +534,7 @@ def find_images(place: Path, output: Path) -> dict[str, Path]:
         InputError: nothing there, no image, or a name that is not UTF-8.
     """
     refuse_unreadable_names([place])
-    if not place.exists():
+    if not os.path.exists(place):  # Path.exists raises where a folder may not be entered
         raise InputError(f"no file or folder {place}")
     if not place.is_dir():
         return {place.stem: place}
@@ -660,6 +678,7 @@ def main(argv: list[str] | None = None) -> None:
         "network": args.network,
         "scales": list(args.scales),
         "overlay": args.overlay,
+        "uncertainty": args.uncertainty,
     }
     output = Output(folder, description, settings, args)
     left = {

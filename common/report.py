@@ -11,6 +11,7 @@ import errno
 import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -119,7 +120,8 @@ class Report:
         """Make the run's folder, or take up the one that is resumed; keep other processes out."""
         if not self.resumed and checkpoint.occupied(self.folder):
             raise InputError(
-                f"{self.folder} holds a run already; go on with --resume {self.folder}, "
+                f"{self.folder} holds a run already; "
+                f"go on with --resume {shlex.quote(str(self.folder))}, "
                 "or choose another --output-dir"
             )
         claim(self.folder)
@@ -396,7 +398,7 @@ class Report:
         figures.predictions(network, self.data, self.args, folder / "predictions.png")
         drawn = ", ".join(sorted(path.name for path in folder.glob("*.png")))
         self.say(f"figures in {folder}: {drawn}; predict your own images with")
-        self.say(f"  python -m common.predict {self.folder} FOLDER")
+        self.say(f"  python -m common.predict {shlex.quote(str(self.folder))} FOLDER")
         if self.board is not None:
             self.board.close()
         last = results[result].miou

@@ -171,7 +171,7 @@ def check_folder(task: Task, args: argparse.Namespace) -> None:
     if read_result(folder, task.seed) and not (folder / "iou.csv").is_file():
         raise InputError(
             f"{folder} holds a run of an earlier version, without iou.csv; "
-            f"python {script} --resume {folder} --eval-only writes it"
+            f"python {script} --resume {shlex.quote(str(folder))} --eval-only writes it"
         )
 
 

@@ -10,6 +10,7 @@ import argparse
 import atexit
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -226,7 +227,7 @@ def end_workers() -> None:
 
 def explain(error: BaseException, run: str) -> tuple[int, str]:
     """Exit code and one line for what `launch` catches; `run` is the run's folder."""
-    resume = f"--resume {run}"
+    resume = f"--resume {shlex.quote(run)}"
     go_on = f"go on from the last checkpoint with {resume}"
     match error:
         case Stopped(args=(signal.SIGINT,)):

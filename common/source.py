@@ -292,7 +292,8 @@ def ids_at_the_start(args: argparse.Namespace, file: str) -> set[str] | None:
         return None
     run = Path(args.output_dir)
     paths = [path for path in (run / file, run / "stage-1" / file) if path.is_file()]
-    return set(read_lines(paths[0])) if paths else None
+    # Not `read_lines`: a file's name may end with a space.
+    return set(paths[0].read_text(encoding="utf-8").splitlines()) if paths else None
 
 
 def published_list(split: str, folder: str) -> tuple[set[str], str]:

@@ -36,7 +36,7 @@ from typing import NamedTuple
 
 from scipy.stats import t as student
 
-from common import InputError
+from common import InputError, writing
 
 COLUMNS = (
     "method", "command", "split", "seed", "miou_last", "miou_best", "miou_rarest", "seconds",
@@ -447,15 +447,22 @@ def write_table(path: Path) -> str:
     """Make NAME.md and the figures of NAME.csv; returns the table.
 
     Raises:
-        InputError: it was not written by `common.compare`.
+        InputError: it was not written by `common.compare`, or its folder cannot be written to.
     """
-    from common import figures
-
     comparison = read_csv(path)
     text = table(comparison)
     if classes_file(path).exists():
         text += "\n\n" + class_table(classes_file(path))
-    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    with writing(path.parent):
+        path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+        draw(comparison, path)
+    return text
+
+
+def draw(comparison: Comparison, path: Path) -> None:
+    """Draw the figures of NAME.csv."""
+    from common import figures
+
     rows = comparison.rows
     values = [[result.last for result in row.results] for row in rows]
     one_split = len({row.split for row in rows}) == 1
@@ -463,7 +470,6 @@ def write_table(path: Path) -> str:
     curves = curve_file(path)
     if curves.exists():
         figures.measure_curves(read_curves(curves), comparison.measure, curves.with_suffix(".png"))
-    return text
 
 
 def main(argv: list[str] | None = None) -> None:

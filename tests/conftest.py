@@ -195,7 +195,8 @@ def voc_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     known = set(labelled)
     unlabelled = [name for name in train if name not in known]
     labelled, unlabelled, val = labelled[:4], unlabelled[:6], val[:2]
-    for name, ids in (("1-8", labelled), ("train", labelled + unlabelled), ("val", val)):
+    lists_of = {"1-8": labelled, "train": labelled + unlabelled, "val": val, "1464": labelled[:1]}
+    for name, ids in lists_of.items():
         (lists / "voc" / f"{name}.txt").write_text("\n".join(ids) + "\n")
     monkeypatch.setattr(source, "SPLITS", lists)
     base = tmp_path / "VOCdevkit" / "VOC2012"

@@ -662,6 +662,14 @@ def test_an_image_that_cannot_be_decoded_is_left_off_the_page(tmp_path, capsys):
     assert (tmp_path / "labels.png").is_file() and mask_of(tmp_path, "b").any()
 
 
+def test_the_page_shows_grey_of_more_than_8_bits_by_its_own_range(tmp_path):
+    """Found wrong once: images of 12 bits were black on the page to check labels by eye."""
+    values = np.linspace(0, 4095, SIZE[0] * SIZE[1]).reshape(SIZE[::-1]).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    pixels = import_labels.shown_pixels(tmp_path / "a.png")
+    assert pixels.min() == 0 and pixels.max() == 255 and 120 < pixels.mean() < 135
+
+
 def test_the_page_shows_images_evenly_spread(tmp_path, monkeypatch):
     labels = coco_file(tmp_path, {f"$x$_{n:02}.jpg": [(3, SQUARE)] for n in range(47)})
     shown = []

@@ -162,11 +162,16 @@ def test_another_folder_with_the_same_names_is_predicted(trained, images, tmp_pa
     assert set(rows(tmp_path / "out")) == {"one", "three", "deep/two.v1"}
 
 
-@pytest.mark.parametrize("change", ["checkpoint", "tta", "overwrite", "overlay"])
+@pytest.mark.parametrize("change", ["checkpoint", "tta", "overwrite", "overlay", "maps"])
 def test_other_settings_predict_all_again(trained, images, tmp_path, capsys, change: str):
     call(trained, images, "--output", tmp_path / "out")
-    flags = {"checkpoint": (), "tta": ("--tta", "1"), "overwrite": ("--overwrite",),
-             "overlay": ("--overlay", "side-by-side")}[change]  # fmt: skip
+    flags = {
+        "checkpoint": (),
+        "tta": ("--tta", "1"),
+        "overwrite": ("--overwrite",),
+        "overlay": ("--overlay", "side-by-side"),
+        "maps": ("--uncertainty",),
+    }[change]
     if change == "checkpoint":
         os.utime(trained / "last.pt", (2e9, 2e9))
     capsys.readouterr()
@@ -175,7 +180,50 @@ def test_other_settings_predict_all_again(trained, images, tmp_path, capsys, cha
     assert len(rows(tmp_path / "out")) == 3
 
 
+def test_maps_of_another_image_are_not_kept(trained, images, tmp_path):
+    """Found wrong once: the map of the first folder's image stood for the second's."""
+    other, out = tmp_path / "other", tmp_path / "out"
+    write_picture(other / "one.jpg", (32, 32), seed=9)
+    call(trained, images, "--output", out, "--uncertainty")
+    call(trained, other, "--output", out)
+    call(trained, other, "--output", out, "--uncertainty")
+    assert Image.open(out / "entropy/one.png").size == (32, 32)
+
+
+def test_a_class_may_be_called_image(trained, images, tmp_path, capsys):
+    """Found wrong once: its share stood in the place of the image's name."""
+    description = json.loads((trained / "args.json").read_text())
+    description["classes"][1] = "image"
+    (trained / "args.json").write_text(json.dumps(description))
+    call(trained, images, "--output", tmp_path / "out")
+    assert set(rows(tmp_path / "out")) == {"one", "three", "deep/two.v1"}
+    assert "class image" in next(iter(rows(tmp_path / "out").values()))
+    capsys.readouterr()
+    call(trained, images, "--output", tmp_path / "out")
+    assert capsys.readouterr().out.startswith("0 images predicted")
+
+
+def test_grey_of_more_bits_than_the_run_has_seen_is_noted(trained, images, tmp_path, capsys):
+    """Of 12 bits, it is almost black to a network that was trained on 8."""
+    call(trained, images, "--output", tmp_path / "out")
+    assert "more than 8 bits" not in capsys.readouterr().err
+    for name in ("deep.png", "deeper.png"):
+        Image.fromarray(np.full((64, 64), 4000, np.uint16)).save(images / name)
+    call(trained, images, "--output", tmp_path / "out")
+    assert capsys.readouterr().err.count("no grey of more than 8 bits") == 1
+
+
 # ------------------------------------------------------------------------------------ broken images
+
+
+def test_a_reading_process_that_was_killed_is_named(trained, images, tmp_path, monkeypatch):
+    def killed(*_, **__):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+        yield
+
+    monkeypatch.setattr(predict, "new_loader", killed)
+    with pytest.raises(InputError, match=r"is killed by signal: Killed\. Too little memory.*-j"):
+        call(trained, images, "--output", tmp_path / "out")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -436,6 +484,25 @@ def test_images_to_label_next(trained, images, tmp_path, with_checkpoints: bool,
     assert float(table[0]["uncertainty"]) == max(float(row["uncertainty"]) for row in table)
     assert all((row["stability"] != "") == with_checkpoints for row in table)
     assert Image.open(tmp_path / "out/label_next.png").width > 500
+
+
+def test_images_that_were_moved_cannot_be_told_apart(trained, images, tmp_path, capsys):
+    arguments = [str(trained), str(images), "--count", "1", "--device", "cpu"]
+    arguments += ["--output", str(tmp_path / "out")]
+    (trained / "files_with_masks.txt").write_text(f"{images / 'one.jpg'}\n")
+    label_next.main(arguments)
+    assert "no longer" not in capsys.readouterr().err
+    (trained / "files_with_masks.txt").write_text("/old/place/one.jpg\n")
+    label_next.main(arguments)
+    assert "no longer where they were, such as /old/place/one.jpg" in capsys.readouterr().err
+
+
+def test_a_figure_that_cannot_be_written_is_named(trained, images, tmp_path):
+    (tmp_path / "out/label_next.png").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"cannot write to .*out: Is a directory"):
+        label_next.main(
+            [str(trained), str(images), "--device", "cpu", "--output", str(tmp_path / "out")]
+        )
 
 
 def test_a_batch_that_fails_does_not_shift_the_others(trained, images, tmp_path, monkeypatch):
