@@ -22,9 +22,9 @@ A row gives
 `--check` only compares, and times nothing. What disagrees with the first provider is named and not
 timed; the exit status is then 1.
 
-Gate, speed-up and shares go by the graph's time where there is one: what the GPU takes, without
-the host's calls, and with inputs that may still lie in the L2 cache. A share of the bandwidth may
-therefore exceed 1.
+Gate and shares go by the graph's time where there is one, the speed-up where both have one: what
+the GPU takes, without the host's calls, and with inputs that may still lie in the L2 cache. A share
+of the bandwidth may therefore exceed 1.
 
 `python -m common.step` times whole training steps.
 """
@@ -420,7 +420,7 @@ def rows_of(
         capture = not (name == "percentile" and provider == "eager")  # that one goes to the host
         timing = time_gpu(function, capture) if cuda else time_cpu(function)
         if provider == "eager":
-            eager = timing.graph or timing.median
+            eager = timing
         row = {"op": name, "shape": shape, "dtype": dtype, "provider": provider}
         row |= times_of(timing) | shares_of(op, timing, machine, cuda)
         row |= verdict(name, op.gate_us if provider == "triton" else None, timing, eager)
@@ -456,14 +456,20 @@ def shares_of(op: Op, timing: Timing, machine: Machine, cuda: bool) -> dict[str,
 
 
 def verdict(
-    name: str, gate_us: float | None, timing: Timing, eager: float | None
+    name: str, gate_us: float | None, timing: Timing, eager: Timing | None
 ) -> dict[str, object]:
-    """Columns of the speed-up over eager and of the gate."""
-    best = timing.graph or timing.median
-    found = {"speedup": f"{eager / best:.2f}" if eager else "", "gate_us": "", "gate": ""}
+    """Columns of the speed-up over eager, and of the gate.
+
+    Both times are those of a graph, or neither is.
+    """
+    speedup = None
+    if eager:
+        graphs = timing.graph and eager.graph
+        speedup = eager.graph / timing.graph if graphs else eager.median / timing.median
+    found = {"speedup": f"{speedup:.2f}" if speedup else "", "gate_us": "", "gate": ""}
     if gate_us:
-        fast = 1e6 * best <= gate_us
-        fast = fast and (eager is None or eager / best >= LEAST_SPEEDUP.get(name, 0))
+        fast = 1e6 * (timing.graph or timing.median) <= gate_us
+        fast = fast and (speedup is None or speedup >= LEAST_SPEEDUP.get(name, 0))
         found |= {"gate_us": gate_us, "gate": "met" if fast else "missed"}
     return found
 

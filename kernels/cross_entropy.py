@@ -484,7 +484,7 @@ def cross_entropy(
     Raises:
         ValueError: shapes that do not fit, an unknown reduction or impl, "triton" without a GPU, or
             on a CPU a label outside the classes that is not `ignore_index`. On a GPU such a label
-            does not count, and TRITON_DEBUG=1 catches it.
+            does not count, and TRITON_DEBUG=1 catches it; of int64 the lower 32 bits are looked at.
     """
     check_shapes(logits, target, pixel_weight, class_weight)
     impl = implementation(impl, logits.device)

@@ -182,7 +182,8 @@ def axis(
 ) -> Axis:
     """The cells of one axis, by exact integer arithmetic.
 
-    They are kept, so that a training run builds and uploads them once.
+    They are kept, so that a training run builds and uploads them once. A CUDA graph cannot upload:
+    call an operation once before you capture it.
     """
     output = torch.arange(outputs)
     if align_corners:

@@ -264,9 +264,9 @@ def masked_percentile(
         (Q,) float32, without gradient; NaN if no value is valid.
 
     Raises:
-        ValueError: shapes that differ, a mask that is not bool, numbers outside [0,100], an unknown
-            impl, or "triton" without a GPU. The numbers of a tensor on a GPU are not looked at; one
-            on the host is copied, which waits for the GPU.
+        ValueError: shapes that differ, a mask that is not bool, no numbers or some outside
+            [0,100], an unknown impl, or "triton" without a GPU. The numbers of a tensor on a GPU
+            are not looked at; one on the host is copied, which waits for the GPU.
     """
     if values.shape != valid_mask.shape or valid_mask.dtype != torch.bool:
         raise ValueError(
@@ -278,6 +278,8 @@ def masked_percentile(
         q = q.to(values.device, torch.float64).reshape(-1)
     else:
         numbers = [float(number) for number in (q if isinstance(q, Sequence) else [q])]
+        if not numbers:
+            raise ValueError("no percentiles are asked for")
         q = on_device(numbers, values.device)
     if not all(0 <= number <= 100 for number in numbers):
         raise ValueError(f"percentiles {numbers} must lie in [0,100]")

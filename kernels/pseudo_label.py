@@ -16,7 +16,7 @@ exponential for each pixel and class. The kernel computes in powers of two: it m
 by log2(e) when it loads them, and the entropy by ln 2 at the end.
 
 PyTorch interpolates to an N x C x H x W tensor and reads or writes it two times for the label
-alone, about eight times for all three. The kernel reads the logits twice and writes the maps: 9
+alone, twelve times for all three. The kernel reads the logits twice and writes the maps: 9
 bytes a pixel. One lane owns a cell (see `interpolation.py`).
 
 With a threshold, label = 255 where confidence < threshold, or where a pixel is not valid. Both

@@ -643,6 +643,8 @@ def test_percentile_of_nothing_of_one_number_and_of_a_tensor(where):
         masked_percentile(values, valid, 100.5, impl=impl)
     with pytest.raises(ValueError, match="bool mask"):
         masked_percentile(values, values, 50, impl=impl)
+    with pytest.raises(ValueError, match="no percentiles"):
+        masked_percentile(values, valid, [], impl=impl)
 
 
 def test_drop_unreliable(where):
@@ -1194,6 +1196,15 @@ def test_the_benchmark_checks_and_times_every_operation(tmp_path):
     )
     if not NATIVE:
         assert "no CUDA device" in run("-m", "kernels.benchmark").stdout
+
+
+def test_a_speed_up_compares_times_of_one_kind():
+    """Found wrong once: without a graph of the one, it was divided by the other's with a graph."""
+    kernel = Timing(8.0, 8.0, 8.0, graph=6.0)
+    with_graph, without = Timing(16.0, 16.0, 16.0, graph=3.0), Timing(80.0, 80.0, 80.0)
+    assert benchmark.verdict("sum", None, kernel, with_graph)["speedup"] == "0.50"
+    assert benchmark.verdict("sum", None, kernel, without)["speedup"] == "10.00"
+    assert benchmark.verdict("sum", 7e6, kernel, None)["gate"] == "met"
 
 
 def test_the_benchmark_names_what_disagrees_and_times_the_rest(capsys):
