@@ -31,13 +31,13 @@ Hu, Wei, Hu, Ye, Cui, Wang; NeurIPS 2021, arXiv:2110.05474.
 8. teacher <- d·teacher + (1-d)·student,   d = min(1 - 1/(t+1), 0.99) at iteration t = 0, 1, ...
 The teacher is the result; the student is reported beside it.
 
-| symbol | variable           | symbol | variable   | symbol  | variable          |
-|--------|--------------------|--------|------------|---------|-------------------|
-| x_l, y | images_l, target_l | x_m    | images_m   | L_s     | loss_sup          |
-| f, f'  | student, teacher   | ŷ_m    | label_m    | L_u     | loss_unsup        |
-| Conf   | bank.confidence    | κ_m    | conf_m     | α       | args.unsup_weight |
-| s      | rates              | M      | mask       | β       | args.sampling_exp |
-| K      | args.copy_classes  | d      | decay      | γ       | args.gamma        |
+| symbol   | variable           | symbol | variable   | symbol  | variable          |
+|----------|--------------------|--------|------------|---------|-------------------|
+| x_l', y' | images_l, target_l | x_m    | images_m   | L_s     | loss_sup          |
+| f, f'    | student, teacher   | ŷ_m    | label_m    | L_u     | loss_unsup        |
+| Conf     | bank.confidence    | κ_m    | conf_m     | α       | args.unsup_weight |
+| s        | rates              | M      | mask       | β       | args.sampling_exp |
+| K        | args.copy_classes  | d      | decay      | γ       | args.gamma        |
 
 `kept` is the share of pixels that sampling keeps, `pasted` the share that copy-paste replaces,
 `found` the share of boxes that bound a region of the class that was drawn. The mean of Conf over

@@ -11,7 +11,7 @@ Liu, Tian, Chen, Liu, Belagiannis, Carneiro; CVPR 2022, arXiv:2111.12903.
                               r: the small change that moves the teachers' predictions most
 
 1. Warm-up: for some epochs of the labelled images all three networks learn from these alone, the
-   teachers from weak views and the student from strong ones.
+   teachers from weak views and the student f from strong ones.
 2. After it there is one active teacher t_a, t1 and t2 in turns that are as long as an epoch of the
    unlabelled images.
 3. Both teachers predict the weak view. Of the other one only the 7 highest logits of each pixel are
@@ -77,7 +77,7 @@ not at hand: what is here is the release.
     bilinearly, in the release bicubically.
 
     python psmt.py                                           # built-in data, a CPU
-    python psmt.py --teachers 1
+    python psmt.py --teachers 1 --output-dir runs/psmt-one-teacher
     python psmt.py --data voc --data-dir VOCdevkit --split 1/8 --amp bf16
 """
 

@@ -1111,7 +1111,7 @@ def test_the_worked_example_of_the_lesson_is_what_the_operations_compute(where):
 
     loss = cross_entropy(logits, target, reduction="sum", impl=impl)
     (gradient,) = torch.autograd.grad(loss, logits)
-    assert f"The loss is {loss:.3f}." in lesson
+    assert f"summed over the 25 pixels, is {loss:.3f}." in lesson
     first, second = (printed([row]).strip() for row in gradient[0, 1].tolist())
     assert re.search(rf"gradient of the nodes +{first}\n +{second}\n", lesson)
 

@@ -21,6 +21,7 @@ PAGES = [
     ROOT / "README.md",
     *(ROOT / folder / "README.md" for folder in ("common", "kernels", "tests")),
     *(ROOT / "common" / folder / "README.md" for folder in ("results", "splits")),
+    ROOT / "kernels" / "results" / "README.md",
 ]
 SCRIPTS = {
     Path(script.__file__).name: script
