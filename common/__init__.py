@@ -30,7 +30,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"cannot write to {path}: {error.strerror or error}") from None
+        place = error.filename or path
+        raise InputError(f"cannot write to {place}: {error.strerror or error}") from None
 
 
 def note(text: str) -> None:

@@ -106,11 +106,12 @@ def download_voc(
     """
     from torchvision.datasets import SBDataset, VOCSegmentation
 
-    sbd = root / "sbd"
+    sbd, target = root / "sbd", base / "SegmentationClassAug"
+    done = {path.stem for path in target.glob("*.png")}
+    needed = [base / "JPEGImages" / f"{name}.jpg" for name in names]
+    needed += [base / "SegmentationClass" / f"{name}.png" for name in own if name not in done]
     try:
-        unpacked = [base / "JPEGImages" / f"{name}.jpg" for name in names]
-        unpacked += [base / "SegmentationClass" / f"{name}.png" for name in own]
-        if not all(path.is_file() for path in unpacked):
+        if not all(path.is_file() for path in needed):
             VOCSegmentation(str(root), year="2012", image_set="trainval", download=True)
         if not (sbd / "cls").is_dir():
             SBDataset(str(sbd), image_set="train", mode="segmentation", download=True)
@@ -121,12 +122,11 @@ def download_voc(
         ) from None
 
     palette = [value for colour in colours for value in colour]
-    target = base / "SegmentationClassAug"
     target.mkdir(exist_ok=True)
     for name in names:
-        path = target / f"{name}.png"
-        if path.is_file():
+        if name in done:
             continue
+        path = target / f"{name}.png"
         part = path.with_suffix(".part")  # a download that is cut off leaves no half mask behind
         voc_or_sbd_mask(base, sbd, name, palette).save(part, format="PNG")
         part.replace(path)

@@ -116,6 +116,7 @@ def test_voc_download_converts_sbd_once(voc_tree, monkeypatch):
     assert Image.open(data.labelled[-1].mask).getpalette()[3:6] == [128, 0, 0]
     assert not fetched
     mask.unlink()  # unpacking was stopped: SBD's coarser mask would have stood for it
+    (base / "SegmentationClassAug" / mask.name).unlink()
     datasets.load(settings(data="voc", data_dir=str(voc_tree), download=True))
     assert fetched
 

@@ -499,7 +499,7 @@ def test_images_that_were_moved_cannot_be_told_apart(trained, images, tmp_path, 
 
 def test_a_figure_that_cannot_be_written_is_named(trained, images, tmp_path):
     (tmp_path / "out/label_next.png").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"cannot write to .*out: Is a directory"):
+    with pytest.raises(InputError, match=r"cannot write to .*label_next\.png: Is a directory"):
         label_next.main(
             [str(trained), str(images), "--device", "cpu", "--output", str(tmp_path / "out")]
         )
