@@ -149,7 +149,17 @@ def test_the_weight_of_the_contrast_is_what_was_published_in_one_process(capsys)
     with pytest.raises(SystemExit):
         u2pl.parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "voc and folder 0.25, cityscapes 0.125, else 1; the paper: 0.1" in text
+    assert "default: 1; voc, and folder on a GPU, 0.25; cityscapes 0.125, with --ael 0.0125" in text
+
+
+def test_the_help_lists_the_settings_with_and_without_ael(capsys):
+    """Found wrong once: with --ael it listed those without."""
+    args = u2pl.parse_args(["--ael", "--data", "cityscapes", "--weights", "none"])
+    assert (args.method, args.contrast_weight, args.head_lr_mult) == ("u2pl-ael", 0.0125, 10.0)
+    for flags, weight in ([], "0.125"), (["--ael"], "0.0125"):
+        with pytest.raises(SystemExit):
+            u2pl.parse_args([*flags, "--help"])
+        assert f"contrast_weight {weight}," in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_contrast_is_the_definition(monkeypatch):
