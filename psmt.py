@@ -30,7 +30,7 @@ Liu, Tian, Chen, Liu, Belagiannis, Carneiro; CVPR 2022, arXiv:2111.12903.
        w(t) = w · ½ (1 - cos(π t / T))
    SGD step for the student.
 8. t_a <- α·t_a + (1-α)·student, BatchNorm's statistics included. The other teacher's parameters
-   stay; statistics of both follow their own batches in step 3, too.
+   stay. In step 3 the statistics of both follow the weak views, too.
 The result is the mean of both teachers' logits. Each teacher and the student are reported, too.
 
 | symbol | variable           | symbol | variable         | symbol | variable          |

@@ -75,8 +75,8 @@ def _look(item: Item) -> Look:
     return look
 
 
-def note_losses(looks: dict[Path, Look]) -> None:
-    """Print a line where not all is read that images hold: bits or bands.
+def note_unread(looks: dict[Path, Look]) -> None:
+    """Print a line where images hold more than is read of them: bits or bands.
 
     Of images in colour, or with alpha, of 16 bits a channel the higher 8 are read, so that an image
     of a 12-bit camera is almost black; there is no range for these as `grey_range` finds one for

@@ -156,7 +156,7 @@ def load_data(args: argparse.Namespace) -> DataSource:
     """
     data = replace(datasets.load(args), long_side=args.long_side)
     looks = check.files(data)
-    check.note_losses(looks)
+    check.note_unread(looks)
     data = replace(data, grey_range=known_grey_range(args) or check.grey_range(data, looks))
     check.masks(data)
     check.note_shared_images(data)
