@@ -126,6 +126,34 @@ def label_map() -> Tensor:
 # ------------------------------------------------------------------------------------------- steps
 
 
+def choose_as_released(
+    monkeypatch, chosen: dict, iteration: int, pool: ImagePool, other: Tensor
+) -> None:
+    """From now on classes, boxes and pixels are those of the release, and u2 is `other`.
+
+    Something is pasted into the last image of a batch.
+    """
+    pool.push(other, torch.ones(1, SIZE, SIZE, dtype=torch.bool), torch.ones(1, CLASSES) > 0)
+    place = ((pool.head - 1) % len(pool.images))[None]
+
+    def into_the_last(count: int, *_) -> Tensor:
+        numbers = torch.full((count, 1), 0.9)  # below ½ something is pasted
+        numbers[-1] = 0.1
+        return numbers
+
+    pasted, box = torch.tensor(chosen["pasted classes"]), torch.tensor([chosen["box"]])
+    given = {
+        "draw": into_the_last,
+        "copy_paste_classes": lambda *_: pasted,
+        "choose_crops": lambda *_: (torch.tensor([chosen["class"]]), place),
+        "component_boxes": lambda *_: (box, torch.ones(1)),
+    }
+    for function, replaced in given.items():
+        monkeypatch.setattr(adaptive, function, replaced)
+    chance = 1 - CHANCE[iteration]  # the release keeps a pixel whose number is above 1 - s
+    monkeypatch.setattr(torch, "rand", lambda size, device: chance.expand(size))
+
+
 def our_steps(name: str, theirs: list[dict], monkeypatch):
     """STEPS iterations with the choices of the release.
 
@@ -144,19 +172,7 @@ def our_steps(name: str, theirs: list[dict], monkeypatch):
     found = []
     for iteration, chosen in enumerate(theirs):
         batches, other = step_inputs(iteration)
-        pool.push(other, torch.ones(1, SIZE, SIZE, dtype=torch.bool), torch.ones(1, CLASSES) > 0)
-        last = (pool.head - 1) % len(pool.images)
-        wanted = torch.tensor([[0.9], [0.1]])  # below ½ something is pasted
-        chance = 1 - CHANCE[iteration]
-        given = {
-            "draw": lambda *_, wanted=wanted: wanted,
-            "copy_paste_classes": lambda *_, chosen=chosen: torch.tensor(chosen["pasted classes"]),
-            "choose_crops": lambda *_, c=chosen["class"], at=last: (torch.tensor([c]), at[None]),
-            "component_boxes": lambda *_, box=chosen["box"]: (torch.tensor([box]), torch.ones(1)),
-        }
-        for function, replaced in given.items():
-            monkeypatch.setattr(adaptive, function, replaced)
-        monkeypatch.setattr(torch, "rand", lambda size, device, c=chance: c.expand(size))
+        choose_as_released(monkeypatch, chosen, iteration, pool, other)
         measured = ael.train_step(student, teacher, bank, pool, ALLOWED, batches, iteration, args)
         optimizer.zero_grad()
         measured["loss"].backward()

@@ -16,6 +16,9 @@ code is needed here. To repeat it, call them on a CPU in float32 with these inpu
     processes   the first step of `cityscapes` under DDP in 1, 2, 4 and 8 gloo processes with equal
                 data, queues of 1000: lengths of the gradients of the heads' weights
     config      experiments/{pascal/1464,cityscapes/744}/ours/config.yaml, as they are
+    with_AEL    train.train(...) of the branch of this name, three epochs of one iteration, with two
+                `Pixelwise`; min_kept 2·KEPT, ranks 0 and 4, and what AEL draws as in
+                `test_released_ael.py`, whose choices are kept with the figures
 
 Replaced were only what needs a GPU (`Tensor.cuda` returns the tensor; one gloo process) and
 chance: `torch.randint(n, size)` returns 0, 1, ..., n-1, 0, 1, ...; for `cityscapes`
@@ -37,12 +40,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_released import KEPT
+from test_released_ael import (
+    ALLOWED,
+    MOMENTUM,
+    choose_as_released,
+    first_confidence,
+)
+from test_released_ael import CLASSES as AEL_CLASSES
+from test_released_ael import SIZE as AEL_SIZE
+from test_released_ael import step_inputs as ael_inputs
 from test_u2pl import in_turn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import u2pl
 from common import cutmix
+from common.adaptive import ConfidenceBank, ImagePool
 from common.run import Run
 from common.schedule import Schedule
 from kernels import pseudo_label
@@ -448,6 +462,81 @@ def test_the_presets_weigh_the_contrast_as_the_released_processes_do(released):
     for data, processes in (("voc", 4), ("cityscapes", 8)):
         share = by_processes[processes]["feature_head"] / by_processes[1]["feature_head"]
         close(u2pl.PRESETS[data]["contrast_weight"], share, SEVERAL_STEPS)
+
+
+# -------------------------------------------------------------------------- with --ael
+
+
+class Pixelwise(nn.Module):
+    """1x1 convolutions without BatchNorm: the prediction for a pixel is that of its colour.
+
+    So images may go through it together or one after another, and what it says of a mixed image is
+    mixed from what it says of both (difference 13).
+    """
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 12, 1), nn.ReLU())
+        widths = {"classifier": AEL_CLASSES, "representation": CHANNELS, "auxiliary": AEL_CLASSES}
+        for name, width in widths.items():
+            self.add_module(name, nn.Conv2d(12, width, 1))
+        for offset, parameter in enumerate(self.parameters()):
+            parameter.data = normal(seed + offset, *parameter.shape)
+
+    def forward(self, images: Tensor, return_features: bool = False):
+        x = self.backbone(images)
+        if not return_features:
+            return self.classifier(x)
+        return self.classifier(x), self.representation(x), self.auxiliary(x)
+
+
+def single_images(iteration: int) -> tuple[list[dict], Tensor]:
+    """A labelled image, one to paste from and one u1, a batch each; and u2."""
+    batches, other = ael_inputs(10 + iteration)  # all classes are in each
+    return [{key: value[-1:] for key, value in batch.items()} for batch in batches], other
+
+
+def test_steps_with_ael_are_those_of_the_released_branch(released, monkeypatch, in_order):
+    """One labelled and one mixed image a step, which is an epoch of ten in all.
+
+    The labels of the lowest entropy go (difference 11). The contrast begins with the second step.
+    """
+    args = as_released("--ael", "--entropy-as-released", "--device", "cpu")
+    args.low_rank = 0  # the pseudo-label, or no pixel would be a negative of it (difference 1)
+    args.ohem, args.aux_weight, args.contrast_weight = (0.7, 2 * KEPT), 0.4, 0.1
+    student, teacher = Pixelwise(700), Pixelwise(720).requires_grad_(False)
+    optimizer = torch.optim.SGD(student.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
+    cpu = torch.device("cpu")
+    weak = u2pl.Equalisation(
+        ConfidenceBank(AEL_CLASSES, MOMENTUM, cpu, as_released=True),
+        ImagePool(4, AEL_CLASSES, AEL_SIZE, cpu),
+        ALLOWED,
+    )
+    weak.bank.confidence.copy_(first_confidence())
+    keys = MemoryBank(AEL_CLASSES, 4 * CAPACITY, CHANNELS, cpu)  # a step brings more than CAPACITY
+    keys.keys = keys.keys.float()
+
+    for iteration, expected in enumerate(released["with_AEL"]["steps"]):
+        batches, other = single_images(iteration)
+        choose_as_released(monkeypatch, expected, iteration, weak.pool, other)
+        networks = student, teacher.train()
+        step = u2pl.ael_step(*networks, keys, weak, batches, iteration, 10, args)
+        optimizer.zero_grad()
+        step["loss"].backward()
+        optimizer.step()
+        u2pl.ema_update(teacher, student, min(1 - 1 / (iteration + 1), 0.99))
+
+        tolerance = SEVERAL_STEPS if iteration else ONE_FUNCTION
+        for name in LOSSES:
+            close(step[name], expected[name], tolerance)
+        total = sum(expected[name] for name in LOSSES[:2]) + 0.1 * expected["loss_contrast"]
+        close(step["loss"], total, tolerance)
+        for ours, theirs in zip(weak.bank.confidence, expected["confidence"], strict=True):
+            close(ours, theirs, tolerance)
+        assert keys.filled.tolist() == expected["filled"]
+        close(length(student), expected["student"], tolerance)
+        close(length(teacher), expected["teacher"], tolerance)
+    assert released["with_AEL"]["steps"][0]["loss_contrast"] == 0 < expected["loss_contrast"]
 
 
 # -------------------------------------------------------------------------- boxes, sizes, settings
