@@ -65,32 +65,38 @@ Differences from the papers and the released code:
    unlabelled images in forward passes of their own. On the built-in set w is ramped up. They add no
    noise (--noise-std 0; Mean Teacher's release has σ = 0.15, 0.1 is our choice), keep α = 0.99 from
    the start, average between the labelled and the unlabelled forward pass, before the optimiser's
-   step, and evaluate the student. On Cityscapes w and OHEM are our choice.
+   step, and evaluate the student, at the epochs 20 to 34, on images padded to 512 pixels. On
+   Cityscapes w is our choice, and so is OHEM for all methods of this file.
 2. In Mean Teacher the teacher runs in train mode and its BatchNorm keeps statistics of its own, as
    theirs does. Dropout is active with it; their network has none.
 3. In CutMix-Seg the teacher's BatchNorm statistics are averages of the student's, like its weights,
    and it runs in eval mode. The release averages them, too, but freezes BatchNorm: all of it in
    DeepLab v2, the backbone's in DeepLab v3+. The rest of its teacher runs in train mode.
 4. CutMix-Seg is released with Adam, a constant learning rate (a tenth of it for pretrained layers),
-   α = 0.99 from the start and, on VOC, batches of 10 crops of 321 pixels. Here it is trained as
-   the other methods are, by SGD with the poly learning rate and the crops of cps.py, with α as in
-   step 5.
+   α = 0.99 from the start and, on VOC, batches of 10 crops of 321 pixels, scaled by 0.5 to 1.5.
+   Here it is trained as the other methods are, by SGD with the poly learning rate and the crops of
+   cps.py, with α as in step 5. Its unlabelled images are all training images, the labelled ones
+   among them; here they are the others.
 5. --colour-jitter changes the mixed images that the student sees, and the teacher's never. It
    belongs to the follow-up paper, arXiv:2110.04487, whose settings the released scripts have; it is
    off by default.
 6. ClassMix is released with batches of one stream, whose images are mixed in a ring; here u0 and u1
-   are independent. It evaluates the student. Its teacher averages parameters alone and runs in
-   train mode; here the teacher is CutMix-Seg's (3.), so that box and classes can be compared. It
-   starts from a DeepLab v2 that was trained on COCO; here it is trained as the other methods are.
-   On Cityscapes the mixed image is jittered and blurred, on VOC it is not; here --colour-jitter
-   does it before mixing, with other colours and no blur. DACS adapts to another domain; here both
-   images are of one. It is released with jitter and blur, and ignored pixels are a class of their
-   own that may be pasted; here never.
+   are independent. ClassMix and DACS evaluate the student, and their teacher averages parameters
+   alone and runs in train mode; here the teacher is CutMix-Seg's (3.), so that box and classes can
+   be compared. ClassMix starts from a DeepLab v2 that was trained on COCO, scales by 0.5 to 1.6 on
+   VOC and flips nothing; here it is trained as the other methods are. On Cityscapes the mixed image
+   is jittered and blurred, on VOC it is not; here --colour-jitter does it before mixing, with other
+   colours and no blur. DACS adapts to another domain; here both images are of one. It is released
+   with jitter and blur, and ignored pixels are a class of their own that may be pasted; here never.
 7. Padding counts nowhere. In the released Mean Teacher it counts in L_u. In the released CutMix-Seg
-   it adds nothing to the distance, but counts in the number of pixels that both means divide by, as
-   ignored pixels do in the released DACS. The released ClassMix treats it as image.
-8. The network is this project's DeepLabv3+, and images are antialiased when they are scaled down,
-   which they are not in the releases of Mean Teacher and CutMix-Seg.
+   it adds nothing to the distance, but counts in the number of pixels that it is divided by, and
+   like any other pixel in the share of confident ones. In the released DACS ignored pixels add
+   nothing, but count in the number that the loss is divided by. The released ClassMix treats
+   padding as image.
+8. On Cityscapes CutMix-Seg, ClassMix and DACS train and evaluate on images and masks of half the
+   size, 512x1024 pixels; here they have their full size.
+9. The network is this project's DeepLabv3+, and images are antialiased when they are scaled down,
+   which they are not in the releases of Mean Teacher and CutMix-Seg nor, on VOC, of ClassMix.
 
     python mean_teacher.py                                   # built-in data, a CPU, about a minute
     python mean_teacher.py --classmix
@@ -164,9 +170,9 @@ VOC = {
     "weights": "imagenet",
     "output_stride": 16,
     "dropout": 0.5,
-    # Passes over the unlabelled images: about 39 000 iterations on each split.
+    # Passes over the unlabelled images: 39 300 to 39 700 iterations.
     "epochs": {"1/16": 32, "1/8": 34, "1/4": 40, "1/2": 60},
-    "max_iters": 39_000,  # of every other split
+    "max_iters": 39_000,  # of every other split; our choice
     "batch_size": 8,
     "crop_size": 512,
     "scale": "0.5,0.75,1,1.5,1.75,2",

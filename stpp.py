@@ -36,7 +36,8 @@ RUN/reliability.csv.
 
 Differences from the paper and the released code:
 1. The teacher is the last checkpoint. The release takes the best on the validation set, also after
-   step 4: --teacher best.
+   step 4: --teacher best. Its result, too, is the best checkpoint of the last training; here it is
+   the last one.
 2. The score is the paper's sum. The release divides it by two, which ranks alike.
 3. T_1 and T_2 are taken after a third and two thirds of the iterations. The release takes them at
    the end of an epoch: 26, 53 and 80 of 80 on VOC.
@@ -49,12 +50,13 @@ Differences from the paper and the released code:
 6. The blur is torchvision's, 13 pixels wide. The release uses PIL's, which approximates a Gaussian
    by box filters; σ has the same law.
 7. The network is this project's DeepLabv3+, with dropout 0.5 (shapes 0.1) after ASPP; the
-   release has another of 0.1 before its classifier.
+   release has another of 0.1 before its classifier. Its head starts with PyTorch's weights; here
+   convolutions before a BatchNorm start with Kaiming's, by fan-out.
 8. BatchNorm sees the whole batch of 16. The released command splits it over two GPUs, each of which
    normalises its 8 images alone.
 
     python stpp.py                                           # built-in data, a CPU, about 2 minutes
-    python stpp.py --plain --data voc --data-dir VOCdevkit --split 1/8 --amp bf16
+    python stpp.py --plain --data voc --data-dir VOCdevkit --split stpp-1/8 --amp bf16
 """
 
 import argparse
@@ -147,7 +149,7 @@ VOC = {
 }
 CITYSCAPES = VOC | {
     "epochs": 240,
-    "eval_interval": 8,
+    "eval_interval": 8,  # our choice; released: 1
     "crop_size": 721,
     "scale": "long:1024-4096",
     "lr": 0.004,

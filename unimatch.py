@@ -72,9 +72,11 @@ Differences from the paper and the released code:
    sliding windows are flush with the border here; there they are cut off at it.
 6. The blur is torchvision's, 13 pixels wide; the release's is PIL's, which approximates a Gaussian
    by repeated box filters.
-7. The network is this project's DeepLabv3+ with a ResNet-50; the release's is a ResNet-101 (on
-   Cityscapes ResNet-50, too) whose stem has three 3x3 convolutions. Its head has no dropout of its
-   own, nor has ours, but on the built-in set it has 0.1, as with the other methods.
+7. The network is this project's DeepLabv3+ with a ResNet-50. The released configurations have a
+   ResNet-101, whose stem has three 3x3 convolutions; there are training logs of a ResNet-50, too.
+   Its head has no dropout and starts with PyTorch's weights. Ours has none either, but on the
+   built-in set 0.1, as with the other methods, and its convolutions before a BatchNorm start with
+   Kaiming's weights, by fan-out.
 8. --complementary is an experiment after UniMatch V2 (arXiv:2410.10777), which trains a vision
    transformer with an averaged teacher and mixes each image with another one of its batch. Instead
    of dropping features for p_fp, the two strong views drop complementary channels: m·features and

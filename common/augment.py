@@ -164,7 +164,7 @@ def fit(pixels: Tensor, window: Window, mode: str) -> Tensor:
     """The pixels under a window's box, resized to the window's size and flipped.
 
     Scaling down antialiases, like PIL's bilinear, which the released ST++ uses. OpenCV's, which the
-    released CPS and CutMix-Seg use, does not.
+    released CPS, CutMix-Seg and, on VOC, ClassMix use, does not.
 
     Args:
         pixels: (H,W,3) or (H,W) uint8; the box alone, not the whole image.
