@@ -12,7 +12,8 @@ how often the compiler unrolled the loop, or for kernels without a loop the whol
 
 For sm_90 the last columns bound a launch's time on an H200 from below: the largest of the time to
 issue the instructions, the time for which they keep each of the arithmetic units busy, and the time
-to move the tensors once; and which of these it is. The bound counts a lane's empty places: a cell
+to move the tensors once, from memory and not from the L2 cache; and which of these it is. A row of
+the bank counts as often as it is drawn. The bound counts a lane's empty places: a cell
 of 128 -> 512 has 16 pixels, in 20 places. The mixed consistency counts as if no program read both
 tensors of targets; one that does takes twice as long. The bound leaves out the instructions outside
 the loops over the classes (some 3 a pixel and class), most lanes that idle, whatever does not

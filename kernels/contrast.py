@@ -12,7 +12,7 @@ anchor x = |x| a that is not yet of unit length,
 
 The usual way gathers K x A x M vectors (21 classes, 256 anchors, 50 negatives, 256 floats: 275
 MB), normalises a copy and keeps both for the backward pass, which writes gradients of the
-negatives that nobody wants. Here each bank row is read once, in the bank's own type (138 MB in
+negatives that nobody wants. Here each negative is read once, in the bank's own type (138 MB in
 float16), and only the anchors get a gradient.
 
 Since |s| <= 1, 1/T serves as the softmax's shift: no maximum has to be found first, and v can be

@@ -77,7 +77,7 @@ from kernels.interpolation import (
 # Registers of a lane, as the compiler may use them without spilling: for exact ratios, and for
 # others. With at most 96, 20 programs share a multiprocessor of sm_90, with more 16: each of its
 # four schedulers has 16,384 registers, for whole programs of 32 lanes. On an H200 96 are slower for
-# the other ratios: 105 instead of 102 µs.
+# the other ratios: 105 instead of 102 µs, in one run.
 LIMITS = 96, 112
 ADD_BLOCK = 1024  # numbers a program
 
@@ -485,8 +485,12 @@ def cross_entropy(
         ValueError: shapes that do not fit, an unknown reduction or impl, "triton" without a GPU, or
             on a CPU a label outside the classes that is not `ignore_index`. On a GPU such a label
             does not count, and TRITON_DEBUG=1 catches it; of int64 the lower 32 bits are looked at.
+            With "triton" also 2^31 logits or more, or as many pixels of an image.
     """
     check_shapes(logits, target, pixel_weight, class_weight)
+    pixel_weight, class_weight = (
+        weight if weight is None else weight.detach() for weight in (pixel_weight, class_weight)
+    )
     impl = implementation(impl, logits.device)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction {reduction!r}: mean, sum or none")

@@ -124,7 +124,7 @@ def tl_type(dtype: torch.dtype):
 def in_full_precision(function: Callable) -> Callable:
     """Run with autocast off on the first argument's device.
 
-    The references compute in float32 whatever surrounds them.
+    The references compute in float32 whatever autocast surrounds them.
     """
 
     @functools.wraps(function)
@@ -176,14 +176,21 @@ class Axis(NamedTuple):
     ratio: int
 
 
-@functools.lru_cache(maxsize=256)
+def check_offsets(numbers: int) -> None:
+    """Raise ValueError where the kernels' offsets, of 32 bits, would overflow."""
+    if numbers >= 2**31:
+        raise ValueError(f"{numbers} numbers: the kernels take less than 2^31; use impl='torch'")
+
+
+@functools.cache
 def axis(
     nodes: int, outputs: int, align_corners: bool, dtype: torch.dtype, device: torch.device
 ) -> Axis:
     """The cells of one axis, by exact integer arithmetic.
 
-    They are kept, so that a training run builds and uploads them once. A CUDA graph cannot upload:
-    call an operation once before you capture it.
+    They are kept, so that a training run builds and uploads them once, and for ever, since a CUDA
+    graph reads them where they were. It cannot upload: call an operation once before you capture
+    it.
     """
     output = torch.arange(outputs)
     if align_corners:
@@ -228,7 +235,11 @@ def plan(logits: Tensor, size: tuple[int, int], align_corners: bool, max_pixels:
     """The plan for logits (N,C,h,w) that are interpolated to `size` = (H,W).
 
     A lane handles at most `max_pixels` at a time.
+
+    Raises:
+        ValueError: 2^31 logits or more, or as many pixels of an image; or cells of too many pixels.
     """
+    check_offsets(max(logits.numel(), size[0] * size[1]))
     nodes, dtype = tuple(logits.shape[2:]), accumulator(logits.dtype)
     return plan_of(nodes, tuple(size), align_corners, max_pixels, dtype, logits.device)
 

@@ -354,7 +354,7 @@ def pseudo_label(
     Raises:
         ValueError: logits of another rank, more than 254 classes, an empty size, a threshold
             outside [0,1], a mask that does not fit or comes without a threshold, an unknown impl,
-            or "triton" without a GPU.
+            or "triton" without a GPU, or with 2^31 logits or more, or as many pixels of an image.
     """
     if logits.ndim != 4 or logits.shape[1] > 254:
         raise ValueError(f"logits (N,C,h,w) with C <= 254 are needed, not {tuple(logits.shape)}")

@@ -666,7 +666,8 @@ def soft_consistency(
 
     Raises:
         ValueError: shapes or types that do not fit, one of `mask` and `second` without the other,
-            an unknown mode or impl, a threshold outside [0,1], or "triton" without a GPU.
+            an unknown mode or impl, a threshold outside [0,1], or "triton" without a GPU, or with
+            2^31 logits or more, or as many pixels of an image.
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r}: squared, cross_entropy or kl")

@@ -44,8 +44,10 @@ from kernels import (
     set_backend,
     soft_consistency,
 )
+from kernels.cross_entropy_full import launch as launch_full
 from kernels.cross_entropy_map import pixels_of
 from kernels.interpolation import axis, plan
+from kernels.percentile import launch_percentile
 from kernels.soft_consistency import MODES
 from kernels.timing import Timing, peak_cpu
 
@@ -275,6 +277,39 @@ def test_too_many_pixels_in_a_cell_are_refused():
     """More than CUDA starts programs along the third axis of a grid."""
     with pytest.raises(ValueError, match=r"\(1, 1\) to \(2048, 2048\): too many pixels in a cell"):
         plan(torch.zeros(1, 2, 1, 1), (2048, 2048), True, 20)
+
+
+def test_what_overflows_offsets_of_32_bits_is_refused():
+    """They were computed all the same once, and memory outside the tensors was written."""
+
+    def nothing(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")  # takes no memory
+
+    with pytest.raises(ValueError, match="less than 2\\^31"):
+        plan(nothing(1, 150, 3800, 3800), (4000, 4000), True, 20)
+    with pytest.raises(ValueError, match="less than 2\\^31"):
+        plan(nothing(1, 2, 9000, 9000), (46341, 46341), True, 20)
+    with pytest.raises(ValueError, match="less than 2\\^31"):
+        launch_full(
+            nothing(1, 21, 10_400, 10_400), nothing(1, 10_400, 10_400), None, None, 255, None
+        )
+    values = nothing(2**31)
+    with pytest.raises(ValueError, match="less than 2\\^31"):
+        launch_percentile(values, nothing(2**31, dtype=torch.bool), nothing(1))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (4, 4)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_gradient_reaches_the_weights(size, reduction, where):
+    """With "none" the result asked for one, which no backward pass could give."""
+    impl, device = where
+    logits, target = example((1, 3, 4, 4), size, device, torch.float32)
+    weights = {
+        "pixel_weight": torch.ones(target.shape, device=device, requires_grad=True),
+        "class_weight": torch.ones(3, device=device, requires_grad=True),
+    }
+    found = cross_entropy(logits, target, reduction=reduction, impl=impl, **weights)
+    assert not found.requires_grad
 
 
 def test_cross_entropy_by_hand(where):
@@ -643,8 +678,9 @@ def test_percentile_of_nothing_of_one_number_and_of_a_tensor(where):
         masked_percentile(values, valid, 100.5, impl=impl)
     with pytest.raises(ValueError, match="bool mask"):
         masked_percentile(values, values, 50, impl=impl)
-    with pytest.raises(ValueError, match="no percentiles"):
-        masked_percentile(values, valid, [], impl=impl)
+    for nothing in ([], torch.empty(0), torch.empty(0, device=device)):
+        with pytest.raises(ValueError, match="no percentiles"):
+            masked_percentile(values, valid, nothing, impl=impl)
 
 
 def test_drop_unreliable(where):
@@ -660,6 +696,9 @@ def test_drop_unreliable(where):
     )
     all_kept, count = drop_unreliable(label, entropy, float("nan"), impl=impl)
     assert torch.equal(all_kept, label) and count.item() == 4
+    for other in (-1, 300):
+        with pytest.raises(ValueError, match=f"uint8 labels cannot be {other}"):
+            drop_unreliable(label, entropy, 0.5, ignore_index=other, impl=impl)
 
 
 def contrast_example(k, a, d, m, dtype, device="cpu", capacity=40):
