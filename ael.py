@@ -47,16 +47,19 @@ Differences from the paper and the released code (hzhupku/SemiSeg-AEL):
 1. A class that no labelled pixel of a batch has keeps its confidence, which begins with 0. In the
    release it counts as confidence 0, so that a rare class loses confidence because it is rare, and
    the bank begins with random numbers: --bank-as-released. There each process has a bank of its own
-   that no checkpoint keeps; here it is one for all, and kept, and so is the pool of 3.
+   that no checkpoint keeps, and a class is absent if its 2 images lack it; here there is one bank
+   for all, which is kept, as is the pool of 3, and a class is absent if the whole batch lacks it.
 2. The classes to paste are drawn with the square root of 1 - Conf, as released; the paper has none.
    In the release the classes 0, 1, 2, 8 and 10 are never pasted, whatever the data set, though they
    are road, sidewalk, building, vegetation and sky of Cityscapes. Here these are left out on
-   Cityscapes, and elsewhere the background: --copy-paste-classes names others.
+   Cityscapes, and elsewhere the background: --copy-paste-classes names others. There each process
+   draws K classes for its 2 images; here K serve the whole batch, on VOC one instead of up to 8.
 3. Where the release reads u2 anew from all unlabelled images, in the middle of a step, here it is
    one of the last `--pool` crops, labelled again. All images u1 of a batch are mixed, there one of
    each two.
-4. Connected regions are found at the resolution of the logits, a quarter of the image's. The box is
-   that of the region, whatever its size, as the released settings have it (no_pad, no_slim).
+4. Connected regions, and which classes a crop has, are found at the resolution of the logits, a
+   quarter of the image's. The box is that of the region, whatever its size, as the released
+   settings have it (no_pad, no_slim).
 5. The paper's L_u is on unlabelled images; the release adds the same on labelled ones, with the
    teacher's labels: --labelled-consistency. That is the preset of voc and cityscapes. On the
    built-in set with rare classes the paper's does better (common/results), and is the preset
@@ -65,7 +68,9 @@ Differences from the paper and the released code (hzhupku/SemiSeg-AEL):
    each image, and so does the release on mixed images, of which a process there has one. Labels
    below the threshold of voc add nothing to the loss, and their weight counts, as released. Padding
    counts nowhere; in the release it is image, on labelled crops of class 0.
-7. Which pixels are kept is drawn for each image; in the release one map is shared by a batch.
+7. Which pixels are kept is drawn for each image; in the release the images of a process share a
+   map for each class. OHEM chooses among the 2 images of a process there, here among all that a
+   process has.
 8. The teacher runs in train mode with BatchNorm statistics of its own, as released. They are of
    labelled and unlabelled images: it sees x_l' also where ŷ_l is not asked for.
 9. The network is this project's DeepLabv3+, ResNet-50 in the presets. The release's ResNet-101 has
@@ -74,6 +79,9 @@ Differences from the paper and the released code (hzhupku/SemiSeg-AEL):
    one, after ASPP). Images are antialiased when they are scaled down; the release's are not. In the
    release the teacher is not a copy of the student at first, but is one after the first iteration,
    d being 0.
+10. The release draws its labelled images by the seed. It validates centre crops, on VOC of 513
+    pixels, which are larger than any image and padded with class 0. On Cityscapes they choose the
+    checkpoint that is then scored with sliding windows; here the last one is the result.
 
     python ael.py                                            # built-in data, a CPU
     python ael.py --data shapes-zipf                         # with rare classes
@@ -186,7 +194,7 @@ VOC = {
     "listed_share": 0.03,
     "conf_thresh": 0.7,
     "pool": 64,  # our choice
-    "eval_window": 0,  # our choice
+    "eval_window": 0,  # whole images, our choice (difference 10)
     "eval_interval": 1,
 }
 CITYSCAPES = VOC | {

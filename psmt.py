@@ -48,11 +48,12 @@ same label by both teachers.
 
 Differences from the paper and the released code (yyliu01/PS-MT, VocCode). The paper's own text was
 not at hand: what is here is the release.
-1. The release takes ξ = 1e-6. In float32 that step is lost in rounding, and g with it: on features
-   of a network trained here g has no direction (cosine to that of float64: 0.00), and since the
-   release divides by ‖g‖ + 1e-8, r has a length of the order of 0.001 instead of 2. With ξ = 0.1,
-   the default, they are 1.00 and 2. Here r has length ε whatever ‖g‖ is, and is 0 where g is 0: so
-   --xi 1e-6 adds a random direction of that length, and the release is near --no-vat.
+1. The release takes ξ = 1e-6. g is of the order of ξ², far below the 1e-8 that the release adds to
+   ‖g‖, so that r is nearly 0: on features of a network trained here its length is of the order of
+   0.001 instead of 2. In float32 rounding takes g's direction, too (cosine to that of float64:
+   0.00). With ξ = 0.1, the default here and of the released function, which its decoder overrides,
+   they are 2 and 1.00. Here r has length ε whatever ‖g‖ is, and is 0 where g is 0: so --xi 1e-6
+   adds a random direction of that length, and the release is near --no-vat.
 2. T-VAT compares predictions at the resolution of the logits, a quarter of the image's; in the
    release they are interpolated first. The 7 highest logits are chosen at that resolution, too.
 3. The teachers start from the student's pretrained backbone; in the release from random weights,
@@ -61,20 +62,24 @@ not at hand: what is here is the release.
    part of; in the release it comes in addition, each network has its own optimiser and a constant
    rate, and they train one after another.
 5. The boxes are those of the release for VOC on all data sets: of one size a batch, λ ~ Beta(4,4),
-   sides sqrt(1-λ). On Cityscapes the release pastes three smaller ones.
+   sides sqrt(1-λ). On Cityscapes the release pastes three smaller ones, each from another image. λ
+   and the means of the losses are those of a process there, here of all.
 6. The blur of the strong view has the full kernel of its σ; the release's has 1, 3 or 5 pixels.
    Within an epoch the release shows the same augmented labelled images again and again
    (itertools.cycle keeps the first pass); here each pass is drawn anew.
 7. Padding counts in neither loss; in the release that of unlabelled images does. The teachers run
    in train mode, as released, but drop nothing after the warm-up; the released network has no
    dropout at all.
-8. Learning rates are the released ones of the whole batch: on VOC 0.0025 for each of 4 processes,
-   whose gradients are averaged, so 0.01; on Cityscapes 0.0045.
-9. On Cityscapes the released sliding evaluation has one teacher alone. Its configuration names
-   OHEM, which its code does not use; neither does this. The weight w and the epochs of VOC are
-   those of the augmented splits; the release has w = 0.06 for 92 labels, and 0.6 for 183 to 732.
-10. The network is this project's DeepLabv3+, without deep stem and multi-grid. Images are resized
-    bilinearly, in the release bicubically.
+8. On VOC the release multiplies 0.0025 by the processes, of which docs/before_start.md has 4, so
+   0.01; on Cityscapes 0.0045 is not multiplied.
+9. On Cityscapes the released sliding evaluation has one teacher alone and adds logits, here
+   softmaxes. Its configuration names OHEM, and its README says that the results of 800 x 800 have
+   it; its code has cross-entropy, and so has this. The weight w of VOC is that of the augmented
+   splits; the release has w = 0.06 for 92 labels, and 0.6 for 183 to 732. On VOC it evaluates
+   images that are stretched to multiples of 8 pixels.
+10. The network is this project's DeepLabv3+, without deep stem and multi-grid. The released ASPP
+    has leaky ReLUs, and adds the pooled branch after the projection instead of joining it before.
+    Images are resized bilinearly, in the release bicubically.
 
     python psmt.py                                           # built-in data, a CPU
     python psmt.py --teachers 1 --output-dir runs/psmt-one-teacher
@@ -105,8 +110,9 @@ from kernels import cross_entropy, pseudo_label
 
 # All settings of a data set; a flag of the same name, where there is one, replaces it. Unless a
 # comment says otherwise, those of voc and cityscapes are the released configurations
-# (VocCode/configs, scripts/train_voc_aug.sh, whose 4 processes with 8 images each are one here;
-# CityCode/configs, scripts/train_city.sh). The other settings are our own choice.
+# (VocCode/configs, scripts/train_voc_*.sh; CityCode/configs, scripts/train_city.sh), whose 4
+# processes with 8 images each and 2 with 4 (docs/before_start.md) are one here. The other settings
+# are our own choice.
 SHAPES = {  # a small network with pretrained weights of its own, for a CPU
     "backbone": "tiny",
     "weights": "blots",
@@ -154,7 +160,11 @@ VOC = {
     "weights": "imagenet",
     "output_stride": 16,
     "dropout": 0.5,  # our choice
-    "epochs": {"1/16": 80, "1/8": 80, "1/4": 200, "1/2": 300},
+    "epochs": {
+        **{"1/16": 80, "1/8": 80, "1/4": 200, "1/2": 300},  # train_voc_aug.sh
+        **{"u2pl-1/16": 80, "u2pl-1/8": 80, "u2pl-1/4": 200, "u2pl-1/2": 300},  # ..._blender.sh
+        **{"92": 80, "183": 80, "366": 80},  # ..._hq.sh, whose list of 732 is another one
+    },
     "max_iters": 25_000,  # of every other split; our choice
     "batch_size": 32,
     "crop_size": 512,
@@ -168,7 +178,7 @@ VOC = {
     "ramp_epochs": 12.0,
     "warmup_epochs": 5.0,
     "ema_decay": 0.996,
-    "eval_window": 0,  # our choice
+    "eval_window": 0,  # whole images (difference 9)
     "eval_interval": 1,
 }
 CITYSCAPES = VOC | {
@@ -180,7 +190,7 @@ CITYSCAPES = VOC | {
     "lr": 0.0045,
     "unsup_weight": 3.0,
     "eval_window": "crop",
-    "eval_interval": 8,  # our choice
+    "eval_interval": 8,  # our choice; released: 10, in the last quarter 1
 }
 FOLDER = VOC | {"epochs": 80, "max_iters": None, "batch_size": 8, "lr": 0.0025}  # our choice
 PRESETS = {

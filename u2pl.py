@@ -102,8 +102,8 @@ treated as `ael.py` does, which explains it: they are pasted into labelled image
 bound their regions, and the loss on unlabelled images is AEL's, once on the labelled images with
 the teacher's labels and once on the mixed ones. Differences of that branch:
 11. It drops the α_e percent of the labels with the LOWEST entropy, the most certain ones, and those
-    of its anchors that are among them: --entropy-as-released. The paper and the main branch drop
-    those with the highest, and so does --ael here.
+    of its anchors and positives that are among them, at first nearly all: --entropy-as-released.
+    The paper and the main branch drop those with the highest, and so does --ael here.
 12. The contrast begins after a tenth of the iterations, and its percentiles stay at α_0 and
     100 - α_0, as released. The branch has no warm-up; the presets with --ael keep U2PL's.
 13. Entropy and ranks are those of the teacher on the mixed images, as without --ael; there they are
@@ -258,9 +258,9 @@ SMALL_AEL = {
     "pool": 256,
 }
 LARGE_AEL = SMALL_AEL | {"paste_scale": "halves:0.1-2", "pool": 64}
-# The released configuration of Cityscapes, whose 8 processes divide the loss as those of AEL do
-# (see ael.py): an eighth of lr 0.01, eight times the decay of 1e-4. The contrast, of weight 0.1, is
-# divided once more (difference 3).
+# The released configuration of Cityscapes, whose processes, 8 in the release's README, divide the
+# loss as those of AEL do (see ael.py): an eighth of lr 0.01, eight times the decay of 1e-4. The
+# contrast, of weight 0.1, is divided once more (difference 3).
 RELEASED_AEL = LARGE_AEL | {
     "lr": 0.00125,
     "head_lr_mult": 10.0,
@@ -271,7 +271,7 @@ RELEASED_AEL = LARGE_AEL | {
 AEL_PART = {"shapes": SMALL_AEL, "shapes-zipf": SMALL_AEL, "cityscapes": RELEASED_AEL}
 WITH_AEL = {data: preset | AEL_PART.get(data, LARGE_AEL) for data, preset in PRESETS.items()}
 AEL_GAMMA, AEL_SAMPLING = 2.0, 1.0  # γ and β of AEL
-CONTRAST_FROM = 0.1  # of the iterations, with --ael: start_epoch 20 of 200
+CONTRAST_FROM = 0.1  # of the iterations, with --ael: start_epoch, by default 20, of 200
 LATER_MEASURES = ("loss_unsup", "loss_contrast", "kept", "anchors", "fill")  # after the warm-up
 
 

@@ -24,7 +24,7 @@ def direction(of: Callable[[Tensor], Tensor], at: Tensor, xi: float, epsilon: fl
         p = softmax(of(at)),   d random, of unit length
         g = ∇_d KL(p ‖ softmax(of(at + ξ·d))),   r = ε · g / ‖g‖        [arXiv:1704.03976]
 
-    At d = 0 the divergence has its minimum, so g is of the order of ξ times its curvature. In
+    At d = 0 the divergence has its minimum, so g is of the order of ξ² times its curvature. In
     float32 a ξ of 1e-6 moves `at` by less than the last digit of many of its values: g is then
     rounding, and the direction is random. 0.1 is large enough to be felt and small enough to be
     local.

@@ -17,8 +17,8 @@ What was run (VocCode), on a CPU in float32, with `.cuda()` returning its tensor
     direction  get_r_adv_t(..., xi=0.1, eps=2)
     boxes      Trainer.rand_bbox_1((1, 3, 96, 96), lam=np.random.beta(4, 4)), 20 000 times
     ramp       cosine_rampup(t, 12)
-    config     config_deeplab_v3+.json of VocCode and CityCode, and from train_voc_aug.sh,
-               train_city.sh and main.py what replaces it
+    config     config_deeplab_v3+.json of VocCode and CityCode, and from the scripts of `scripts`
+               and main.py what replaces it
 
 There is no padding here, which the release lets count (difference 7). Tolerances, chosen before the
 first comparison: 1e-5 of the value for one function in float32, 1e-4 for the direction, which is a
