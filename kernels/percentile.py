@@ -18,8 +18,8 @@ Several percentiles share the passes; in ascending order, those that agree in th
 share the counting.
 
 sm_90: 47 registers in the first pass, 96 or 108 in the middle ones, 38 in the last; nothing
-spilled. Six
-percentiles of 8 x 513 x 513 values take an H200 137 µs, of which 96 are the four counts.
+spilled. Six percentiles of 8 x 513 x 513 values take an H200 137 µs, of which 96 are the four
+counts.
 """
 
 from collections.abc import Sequence
