@@ -238,7 +238,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="all pixels above the threshold weigh 1 instead of κ",
     )
     group.add_argument(
-        "--no-strong", dest="strong", action="store_false", help="the student sees weak views"
+        "--strong-aug",
+        choices=["both", "unlabelled", "labelled", "none"],
+        default="both",
+        help="of which images the student sees the strong view (default: both)",
     )
     group.add_argument(
         "--teachers-from-scratch",
@@ -291,6 +294,12 @@ class Network(DeepLabV3Plus):
 def strong_view(sample: dict, item: Item) -> dict:
     """Add the strong view: jitter, grey and blur, each by chance."""
     return {**sample, "image_strong": colour_jitter_and_blur(sample["image"])}
+
+
+def student_view(batch: dict, images: str, args: argparse.Namespace) -> Tensor:
+    """What the student sees of a batch of "labelled" or "unlabelled" `images`, normalised."""
+    strong = args.strong_aug in (images, "both")
+    return normalise(batch["image_strong" if strong else "image"], batch["valid_mask"])
 
 
 # --------------------------------------------------------------------------------------- the method
@@ -402,7 +411,7 @@ def label_and_mix(
         active: which of them is active.
         batch_u: unlabelled images, weak and strong views.
         iteration: iterations done, for the boxes.
-        args: `seed`, `strong`.
+        args: `seed`, `strong_aug`.
 
     Returns:
         x_m, (N,3,H,W); ŷ_m, (N,H,W) uint8; κ_m, (N,H,W); valid_mask, (N,H,W); and the share of
@@ -423,7 +432,7 @@ def label_and_mix(
     agreement = (logits[0].argmax(1) == logits[-1].argmax(1)).float().mean()
 
     # x_m, ŷ_m, κ_m: a box of each image comes from one of the batch in another order
-    seen = normalise(batch_u["image_strong"], valid_mask) if args.strong else weak
+    seen = student_view(batch_u, "unlabelled", args)
     boxes, order = beta_boxes(len(weak), size[0], args.seed, iteration)
     mask = rasterise(boxes.to(weak.device, non_blocking=True), size[0])
     order = order.to(weak.device, non_blocking=True)
@@ -439,10 +448,10 @@ def warm_up_step(
 
     The student's alone is `loss_sup`; what is measured later is 0.
     """
-    valid_mask, target = batch_l["valid_mask"], batch_l["target"]
-    weak = normalise(batch_l["image"], valid_mask)
-    strong = normalise(batch_l["image_strong"], valid_mask) if args.strong else weak
-    loss_sup = labelled_loss(student(strong), target, args.ohem)
+    target = batch_l["target"]
+    loss_sup = labelled_loss(student(student_view(batch_l, "labelled", args)), target, args.ohem)
+
+    weak = normalise(batch_l["image"], batch_l["valid_mask"])
     losses = [labelled_loss(teacher(weak), target, args.ohem) for teacher in teachers]
     later = dict.fromkeys(LATER_MEASURES, torch.zeros_like(loss_sup))
     return {"loss": loss_sup + sum(losses), "loss_sup": loss_sup, **later}
@@ -480,8 +489,7 @@ def train_step(
     change = teachers_direction(teachers, args.xi) if args.vat else None
 
     # 6. L_s = CE(f(x_l), y)
-    view = "image_strong" if args.strong else "image"
-    images_l, target_l = normalise(batch_l[view], batch_l["valid_mask"]), batch_l["target"]
+    images_l, target_l = student_view(batch_l, "labelled", args), batch_l["target"]
     loss_sup = labelled_loss(student(images_l, change), target_l, args.ohem)
 
     # L_u = Σ_{κ >= τ} κ·CE / #{κ >= τ}

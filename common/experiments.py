@@ -229,7 +229,7 @@ EXPERIMENTS = {
             Variant("two teachers (PS-MT)", "psmt.py"),
             Variant("one teacher", "psmt.py --teachers 1"),
             Variant("without the weight κ", "psmt.py --no-conf-weight"),
-            Variant("weak views for the student", "psmt.py --no-strong"),
+            Variant("weak views for the student", "psmt.py --strong-aug none"),
             Variant("no T-VAT", "psmt.py --no-vat"),
         ),
     ),

@@ -48,7 +48,7 @@ STEPS = [
     (ael, "", 3),
     (ael, "--no-acm --no-aes --bank-as-released", 3),
     (psmt, "", 2),
-    (psmt, "--teachers 1 --no-conf-weight --no-strong", 2),
+    (psmt, "--teachers 1 --no-conf-weight --strong-aug none", 2),
     (u2pl, "--warmup-iters 9", 2),
     (u2pl, U2PL, 2),
     (u2pl, f"{U2PL} --cutmix-prob 1 --negatives-as-released", 2),

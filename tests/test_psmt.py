@@ -215,7 +215,8 @@ class Encoder(nn.Module):
 
 def test_labels_confidence_and_padding_are_mixed_as_the_images():
     """Half of the images are dark, and the teacher's labels tell which."""
-    args = psmt.parse_args(["--crop-size", "32", "-b", "4", "--device", "cpu", "--no-strong"])
+    flags = "--crop-size 32 -b 4 --device cpu --strong-aug none"
+    args = psmt.parse_args(flags.split())
     pixels = torch.zeros(8, 32, 32, 3, dtype=torch.uint8)
     pixels[4:] = 255
     valid = torch.ones(8, 32, 32, dtype=torch.bool)
@@ -249,7 +250,8 @@ def test_a_warm_up_must_leave_something(begin, monkeypatch):
 
 def test_flags_change_what_they_name():
     losses = {}
-    for flags in ((), ("--no-vat",), ("--no-conf-weight",), ("--no-strong",), ("--teachers", "1")):
+    changes = "--no-vat", "--no-conf-weight", "--strong-aug none", "--teachers 1"
+    for flags in ((), *(tuple(change.split()) for change in changes)):
         losses[flags] = one_step(*flags)[2]
     usual = losses[()]
     for flags, measured in losses.items():
@@ -258,6 +260,26 @@ def test_flags_change_what_they_name():
     # The weights κ of fresh networks are near 1/12.
     assert losses[("--no-conf-weight",)]["loss_unsup"] > 3 * usual["loss_unsup"]
     assert losses[("--teachers", "1")]["agreement"].item() == 1
+
+
+@pytest.mark.parametrize(
+    ("which", "labelled", "unlabelled"),
+    [
+        ("both", True, True),
+        ("labelled", True, False),
+        ("unlabelled", False, True),
+        ("none", False, False),
+    ],
+)
+def test_the_student_sees_strong_views_of_what_the_flag_names(
+    which: str, labelled: bool, unlabelled: bool
+):
+    strong = one_step("--strong-aug", "both")[2]
+    weak = one_step("--strong-aug", "none")[2]
+    measured = one_step("--strong-aug", which)[2]
+    assert strong["loss_sup"] != weak["loss_sup"] and strong["loss_unsup"] != weak["loss_unsup"]
+    assert measured["loss_sup"] == (strong if labelled else weak)["loss_sup"]
+    assert measured["loss_unsup"] == (strong if unlabelled else weak)["loss_unsup"]
 
 
 def trained_run(begin, monkeypatch, *flags: str):
