@@ -63,7 +63,7 @@ Differences from the paper and the released code:
 10. The presets train a ResNet-50, as the released scripts do. The paper's tables list ResNet-101
     beside it, with higher figures: --backbone resnet101.
 
-    python cps.py                                            # built-in data, a CPU, 90 seconds
+    python cps.py                                            # built-in data, a CPU
     python cps.py --data voc --data-dir VOCdevkit --split 1/8 --amp bf16
 """
 

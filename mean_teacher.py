@@ -98,7 +98,7 @@ Differences from the papers and the released code:
 9. The network is this project's DeepLabv3+, and images are antialiased when they are scaled down,
    which they are not in the releases of Mean Teacher and CutMix-Seg nor, on VOC, of ClassMix.
 
-    python mean_teacher.py                                   # built-in data, a CPU, about a minute
+    python mean_teacher.py                                   # built-in data, a CPU
     python mean_teacher.py --classmix
     python mean_teacher.py --cutmix --data voc --data-dir VOCdevkit --split 1/8 --amp bf16
 """

@@ -55,7 +55,7 @@ Differences from the paper and the released code:
 8. BatchNorm sees the whole batch of 16. The released command splits it over two GPUs, each of which
    normalises its 8 images alone.
 
-    python stpp.py                                           # built-in data, a CPU, about 2 minutes
+    python stpp.py                                           # built-in data, a CPU
     python stpp.py --plain --data voc --data-dir VOCdevkit --split stpp-1/8 --amp bf16
 """
 

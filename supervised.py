@@ -20,7 +20,7 @@ This is the baseline of every semi-supervised method.
 An epoch is one pass over the UNLABELLED images, as in the semi-supervised scripts, so that the same
 split trains for the same number of iterations and the comparison is fair.
 
-    python supervised.py                                      # built-in data, a CPU, under a minute
+    python supervised.py                                      # built-in data, a CPU
     python supervised.py --data voc --data-dir VOCdevkit --split 1/8
 """
 

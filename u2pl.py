@@ -110,7 +110,7 @@ the teacher's labels and once on the mixed ones. Differences of that branch:
     mixed from those of the whole images. The teacher labels these in eval mode, as released.
     Labelled and mixed images go through the networks together, there one after another.
 
-    python u2pl.py                                       # built-in data, a CPU, under 2 minutes
+    python u2pl.py                                       # built-in data, a CPU
     python u2pl.py --ael --data shapes-zipf
     python u2pl.py --data voc --data-dir VOCdevkit --split u2pl-1/8 --amp bf16
 """

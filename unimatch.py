@@ -83,7 +83,7 @@ Differences from the paper and the released code:
    (2-m)·features, m = 0 or 2, on a random half of the images. L = ½·(L_s + L_strong). There all
    features have as many channels and share m; here the two kinds have their own.
 
-    python unimatch.py                                       # built-in data, a CPU, under 2 minutes
+    python unimatch.py                                       # built-in data, a CPU
     python unimatch.py --fixmatch --data voc --data-dir VOCdevkit --split 183 --amp bf16
 """
 
