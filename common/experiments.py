@@ -229,8 +229,10 @@ EXPERIMENTS = {
             Variant("two teachers (PS-MT)", "psmt.py"),
             Variant("one teacher", "psmt.py --teachers 1"),
             Variant("without the weight κ", "psmt.py --no-conf-weight"),
-            Variant("weak views for the student", "psmt.py --strong-aug none"),
             Variant("no T-VAT", "psmt.py --no-vat"),
+            Variant("strong views: unlabelled", "psmt.py --strong-aug unlabelled"),
+            Variant("strong views: labelled", "psmt.py --strong-aug labelled"),
+            Variant("strong views: none", "psmt.py --strong-aug none"),
         ),
     ),
     "psmt-vat": Experiment(
