@@ -124,7 +124,8 @@ SHAPES = {  # a small network with pretrained weights of its own, for a CPU
     "weight_decay": 1e-4,
     "decay_norm": False,
     "ohem": None,
-    "conf_thresh": 0.95,
+    # τ; see common/results/README.md.
+    "conf_thresh": {"fixmatch": 0.95, "unimatch": 0.7},
     "eval_window": 0,  # whole images
     "eval_iters": 450,
 }
@@ -194,6 +195,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     views = 1 if given.fixmatch or not given.second_view else 2
     parser.set_defaults(views=views)  # by which `cli` counts memory, too
     args = cli.finish(parser, PRESETS, method_name(given), argv)
+    if isinstance(args.conf_thresh, dict):
+        args.conf_thresh = args.conf_thresh["fixmatch" if args.fixmatch else "unimatch"]
     if not (0 <= args.conf_thresh <= 1 and 0 <= args.feature_dropout < 1):
         parser.error("--conf-thresh lies in [0,1], --feature-dropout in [0,1)")
     if args.fixmatch or args.complementary:
@@ -221,7 +224,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--conf-thresh",
         type=float,
         metavar="τ",
-        help="probability from which a pseudo-label is kept (default: 0.95, cityscapes 0)",
+        help="probability from which a pseudo-label is kept (default: 0.95, cityscapes 0, shapes "
+        "0.7, with --fixmatch 0.95)",
     )
     group.add_argument(
         "--feature-dropout",

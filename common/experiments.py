@@ -163,14 +163,16 @@ EXPERIMENTS = {
         ),
     ),
     "unimatch-parts": Experiment(
-        "the steps from FixMatch to UniMatch",
+        "the steps from FixMatch to UniMatch, all with τ = 0.95",
         (
-            Variant("FixMatch", "unimatch.py --fixmatch"),
-            Variant("two views", "unimatch.py --no-fp"),
-            Variant("one view and dropped features", "unimatch.py --no-second-view"),
-            Variant("both (UniMatch)", "unimatch.py"),
-            Variant("complementary dropout", "unimatch.py --complementary"),
-            Variant("partner as released", "unimatch.py --partner-as-released"),
+            Variant("FixMatch", "unimatch.py --conf-thresh 0.95 --fixmatch"),
+            Variant("two views", "unimatch.py --conf-thresh 0.95 --no-fp"),
+            Variant(
+                "one view and dropped features", "unimatch.py --conf-thresh 0.95 --no-second-view"
+            ),
+            Variant("both (UniMatch)", "unimatch.py --conf-thresh 0.95"),
+            Variant("complementary dropout", "unimatch.py --conf-thresh 0.95 --complementary"),
+            Variant("partner as released", "unimatch.py --conf-thresh 0.95 --partner-as-released"),
         ),
     ),
     "unimatch-threshold": Experiment(

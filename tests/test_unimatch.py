@@ -262,6 +262,20 @@ def test_a_run_learns_and_is_named_after_its_method(begin, train):
 
 
 @pytest.mark.parametrize(
+    ("flags", "threshold"),
+    [
+        ((), 0.7),
+        (("--fixmatch",), 0.95),
+        (("--no-second-view",), 0.7),
+        (("--fixmatch", "--conf-thresh", "0.5"), 0.5),
+        (("--data", "voc"), 0.95),
+    ],
+)
+def test_the_threshold_is_that_of_data_set_and_method(flags, threshold: float):
+    assert parse(*flags).conf_thresh == threshold
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("--conf-thresh", "1.5"), "--conf-thresh lies in [0,1]"),
