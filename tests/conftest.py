@@ -1,6 +1,7 @@
-"""What the tests share: settings without a command line, and the five data sets in miniature."""
+"""What the tests share: settings, where operations run, and the five data sets in miniature."""
 
 import argparse
+import importlib
 import os
 import subprocess
 import sys
@@ -36,6 +37,32 @@ from common.run import Run  # noqa: E402
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# A module for each method.
+SCRIPTS = [importlib.import_module(path.stem) for path in sorted(ROOT.glob("*.py"))]
+# The kernels whose programs are some cells wide.
+MODULES = [
+    sys.modules[f"kernels.{name}"]
+    for name in ("cross_entropy", "cross_entropy_map", "pseudo_label", "soft_consistency")
+]
+IMPLEMENTATIONS = [
+    pytest.param(("torch", "cpu"), id="torch"),
+    pytest.param(
+        ("triton", "cpu"),
+        id="interpreted",
+        marks=pytest.mark.skipif(NATIVE, reason="kernels are compiled here"),
+    ),
+    pytest.param(
+        ("triton", "cuda"),
+        id="gpu",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not NATIVE, reason="no CUDA device")],
+    ),
+    pytest.param(
+        ("torch", "cuda"),
+        id="torch-gpu",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not NATIVE, reason="no CUDA device")],
+    ),
+]
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what needs a GPU where there is none.
@@ -47,6 +74,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
     config.hook.pytest_deselected(items=needs_gpu)
     items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def where(request, monkeypatch) -> tuple[str, str]:
+    """(impl, device).
+
+    Interpreted kernels get wide programs, since the interpreter's time goes by their number.
+    """
+    impl, device = request.param
+    if (impl, device) == ("triton", "cpu"):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        for module in MODULES:
+            monkeypatch.setattr(module, "CELL_LANES", 256)
+    return impl, device
 
 
 @contextmanager
