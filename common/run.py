@@ -102,7 +102,7 @@ class Run:
         """Name all that a checkpoint must hold; with `--resume`, put its last state back.
 
         Args:
-            result: the network among `parts` that is the method's result.
+            result: the name, among `parts`, of the network that is the method's result.
             parts: networks, optimisers, and whatever else has a `state_dict`; None is left out.
                 `best.pt` and `common.predict` know the networks alone.
         """
@@ -113,10 +113,12 @@ class Run:
             if isinstance(part, nn.Module):
                 self.networks[name] = part
                 continue
+            assert hasattr(part, "load_state_dict"), f"{name}: a {type(part).__name__} has no state"
             self.states[name] = part
             if isinstance(part, Optimizer):
                 self.schedulers.append(LambdaLR(part, self.schedule.factor))
                 self.states[f"{name}_schedule"] = self.schedulers[-1]
+        assert result in self.networks, f"result {result!r}: not among {list(self.networks)}"
         self.start = checkpoint.resume(self.checkpoint, self.args, self.networks, self.states)
         self.done = self.start
         self.book.begin(self.start, self.networks)
@@ -193,7 +195,8 @@ class Run:
         """End an iteration: record what it measured, and step the learning rate's schedule.
 
         Args:
-            measures: scalars on the device, "loss" among them.
+            measures: scalar tensors on the device, "loss" among them. Those whose names begin with
+                `loss` are losses; all others are shares in [0,1], and shown in percent.
 
         Raises:
             NotFinite: the loss of this iteration or of the one before is NaN or infinite.

@@ -4,24 +4,22 @@ import json
 import math
 
 import pytest
+from conftest import SCRIPTS
 
 import ael
 import cps
-import mean_teacher
-import psmt
 import stpp
 import supervised
-import u2pl
 import unimatch
 from common import cli
 from common.datasets import DATASETS
 from common.schedule import Schedule
 
-SCRIPTS = (ael, cps, mean_teacher, psmt, stpp, supervised, u2pl, unimatch)
 EVERY_PRESET = {
     "backbone", "weights", "output_stride", "dropout", "batch_size", "eval_window", "crop_size",
     "scale", "lr", "head_lr_mult", "weight_decay", "decay_norm", "ohem",
 }  # fmt: skip
+LENGTH = {"epochs", "max_iters", "eval_interval", "eval_iters"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
@@ -29,6 +27,7 @@ def test_presets_are_complete(script):
     assert set(script.PRESETS) == set(DATASETS)
     for preset in script.PRESETS.values():
         assert set(preset) >= EVERY_PRESET
+        assert set(preset) >= set(script.PRESETS["voc"]) - LENGTH  # the method's own keys, too
         length = {"epochs", "max_iters"} & set(preset)
         assert length == {"epochs", "max_iters"} or not isinstance(preset.get("epochs"), dict)
         assert length and len({"eval_interval", "eval_iters"} & set(preset)) == 1

@@ -7,19 +7,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS
 
-import ael
 import cps
-import mean_teacher
-import psmt
-import stpp
 import supervised
-import u2pl
-import unimatch
 from common import InputError, report
-
-SCRIPTS = (ael, cps, mean_teacher, psmt, stpp, supervised, u2pl, unimatch)
 
 
 def test_a_killed_run_leaves_no_lock_behind_in_its_loader_workers(tmp_path):
