@@ -16,10 +16,13 @@ from common.adaptive import (
     adaptive_loss,
     box_mask,
     choose,
+    choose_crops,
     classes_in,
     component_boxes,
     copy_paste,
     copy_paste_classes,
+    copy_paste_step,
+    label_whole,
     pasted_classes,
     sampling_rates,
 )
@@ -113,6 +116,23 @@ def test_all_pixels_of_the_classes_are_pasted_into_the_wanted_images():
     assert pasted[2].tolist() == [[[False, True], [False, True]], [[False, False], [False, False]]]
 
 
+def test_what_is_pasted_onto_padding_counts():
+    args = ael.parse_args(["--crop-size", "32", "-b", "8", "--device", "cpu"])
+    valid = torch.ones(8, 32, 32, dtype=torch.bool)
+    padded = valid.clone()
+    padded[:, 20:] = False
+    pixels = torch.zeros(8, 32, 32, 3, dtype=torch.uint8)
+    target = torch.full((8, 32, 32), 255, dtype=torch.uint8)
+    batch_l = {"image": pixels, "valid_mask": padded, "target": target}
+    batch_p = {"image": pixels, "valid_mask": valid, "target": torch.ones_like(target)}
+    found = copy_paste_step(batch_l, batch_p, bank_of(0.5, 0.5), torch.tensor([1]), 0, args)
+    _, target, valid_m, mask = found
+    wanted = mask.flatten(1).all(1)
+    assert 0 < wanted.sum() < 8 and not mask[~wanted].any()  # with chance ½
+    assert valid_m[wanted].all() and torch.equal(valid_m[~wanted], padded[~wanted])
+    assert (target[wanted] == 1).all() and (target[~wanted] == 255).all()
+
+
 def test_the_background_is_never_pasted_and_names_are_checked():
     data = datasets.load(settings())
     args = ael.parse_args(["--device", "cpu"])
@@ -139,6 +159,15 @@ def test_the_pool_is_a_ring():
     assert pool.find(torch.ones(100, dtype=torch.int64), numbers).unique().tolist() == [2]
     first = pool.find(torch.zeros(100, dtype=torch.int64), numbers).unique().tolist()
     assert first == [1, 4]
+
+
+def test_the_pool_learns_what_the_teacher_sees_now():
+    """Two passes over a crop add up, and one that is not looked at keeps what was seen in it."""
+    pool, before = ImagePool(4, 3, 4, CPU), [True, False, True]
+    pool.push(torch.zeros(4, 3, 4, 4), torch.ones(4, 4, 4) > 0, torch.tensor([before] * 4))
+    has = [[False, True, False], [True, False, False], [False, False, True]]
+    pool.learn(torch.tensor([1, 3, 3]), torch.tensor(has))
+    assert pool.has.tolist() == [before, [False, True, False], before, [True, False, True]]
 
 
 def test_a_class_that_no_crop_has_takes_any_crop_that_is_there():
@@ -320,6 +349,7 @@ def test_labels_confidence_and_padding_are_mixed_as_the_images():
     padded = valid.clone()
     padded[:, 28:] = False
     batch = {"image": dark, "valid_mask": padded}
+    looked_at = choose_crops(bank, pool, count, 3, args)[1]
     images, label, confidence, valid_m, _ = adaptive_cutmix(Encoder(), batch, bank, pool, 3, args)
     inside = images[:, 0] == 5  # of the pool's crops
     assert 0.05 < inside.float().mean() < 0.95
@@ -327,6 +357,21 @@ def test_labels_confidence_and_padding_are_mixed_as_the_images():
     assert (label[inside] == 1).float().mean() > 0.99
     assert (label[~inside & padded] == 0).all() and (label[~inside & ~padded] == 255).all()
     assert confidence[inside].mean() > 0.99 > confidence[~inside & padded].mean()
+    # The pool knows what the teacher has seen: one class in the bright crops, the other in these.
+    seen = torch.isin(torch.arange(count), looked_at)
+    assert (pool.has[:count][seen] == torch.tensor([False, True, False])).all()
+    assert pool.has[:count][~seen].all()
+    assert (pool.has[count : 2 * count] == torch.tensor([True, False, False])).all()
+    assert torch.equal(pool.valid_mask[count : 2 * count], padded) and pool.filled == 2 * count
+
+
+def test_padding_has_no_class():
+    """A crop would be listed for the class that a teacher sees in the grey around it."""
+    valid = torch.ones(1, 32, 32, dtype=torch.bool)
+    valid[:, :, 20:] = False
+    label, _, low = label_whole(Encoder(), torch.ones(1, 3, 32, 32), valid, 0.0)
+    for found, mask in ((label, valid), (low, valid[:, ::4, ::4])):
+        assert (found[mask] == 1).all() and (found[~mask] == 255).all()
 
 
 def test_the_teacher_is_the_average():

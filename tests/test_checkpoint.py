@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +43,32 @@ def test_networks_optimisers_and_random_numbers_come_back(tmp_path):
     assert torch.equal(found, momentum)
 
 
+def test_each_process_goes_on_with_random_numbers_of_its_own(tmp_path, monkeypatch):
+    """Dropout would be the same on all of them otherwise, at the start or after a resume."""
+    path, (networks, states) = tmp_path / "last.pt", small_state()
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+
+    def drawn(rank: int) -> torch.Tensor:
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        checkpoint.resume(path, ARGS, networks, states)
+        return torch.rand(4)
+
+    fresh = [drawn(rank) for rank in (0, 1)]
+    assert not torch.equal(*fresh) and torch.equal(fresh[0], drawn(0))
+
+    def state(seed: int) -> dict:
+        torch.manual_seed(seed)
+        return checkpoint.random_state()
+
+    monkeypatch.setattr(distributed, "gather", lambda mine: [state(5), state(6)])
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    save(path, 1, networks, states)
+    for rank, seed in ((0, 5), (1, 6)):
+        found = drawn(rank)
+        torch.manual_seed(seed)
+        assert torch.equal(found, torch.rand(4))
+
+
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     networks, states = small_state()
     save(tmp_path / "last.pt", 1, networks, states)
@@ -56,6 +83,26 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         save(tmp_path / "last.pt", 2, networks, states)
     assert checkpoint.read(tmp_path / "last.pt")["iteration"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_one_process_writes_and_the_new_file_is_on_the_disk_before_the_old_one_goes(
+    tmp_path, monkeypatch
+):
+    networks, states = small_state()
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    save(tmp_path / "last.pt", 1, networks, states)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(distributed, "is_main", lambda: True)
+    calls, replace = [], Path.replace
+
+    def replaced(part: Path, target: Path) -> None:
+        calls.append("replace")
+        replace(part, target)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda number: calls.append("fsync"))
+    monkeypatch.setattr(Path, "replace", replaced)
+    save(tmp_path / "last.pt", 1, networks, states)
+    assert calls == ["fsync", "replace"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files there")

@@ -102,6 +102,20 @@ def test_pretrained_weights_are_those_of_the_backbone():
         assert supervised.parse_args([*flags, "--device", "cpu"]).weights == weights
 
 
+def test_an_epoch_is_shorter_where_processes_share_it():
+    """Each image is passed over once an epoch, by one of them."""
+    args = cps.parse_args(["--data", "voc", "--epochs", "3", "-b", "8"])
+    lengths = [(each.per_epoch, each.total) for each in (Schedule(args, 64, n) for n in (1, 2, 4))]
+    assert lengths == [(8, 24), (4, 12), (2, 6)]
+
+
+def test_a_run_ends_with_a_checkpoint_and_every_evaluation_follows_one():
+    args = cps.parse_args(["--max-iters", "10", "--eval-iters", "4", "--save-interval", "3"])
+    schedule = Schedule(args, 64, 1)
+    assert [done for done in range(11) if schedule.evaluates(done)] == [4, 8, 10]
+    assert [done for done in range(11) if schedule.saves(done)] == [3, 4, 6, 8, 9, 10]
+
+
 def test_only_iterations_are_multiplied_and_at_least_one_is_left():
     """Epochs of a longer list are longer already."""
     args = stpp.parse_args(["--max-iters", "4", "--device", "cpu"])

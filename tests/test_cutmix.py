@@ -55,6 +55,8 @@ def test_overlapping_boxes_cancel():
     expected[2:4, 2:4] ^= True
     assert torch.equal(mask, expected)
     assert mask[2, 2]  # three boxes: odd
+    two = rasterise(boxes[:, :2], 6)[0]
+    assert not two[2:4, 2:4].any() and two.sum() == 2 * 16 - 2 * 4
 
 
 def test_masks_change_with_iteration_and_seed_and_not_with_processes(monkeypatch):

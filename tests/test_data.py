@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import itertools
 import os
 import shutil
 import threading
@@ -178,6 +179,18 @@ def test_cityscapes_maps_label_ids_and_adds_coarse_images(cityscapes_tree):
         datasets.load(
             settings(data="cityscapes", data_dir=str(cityscapes_tree), split="1/16", extra="coarse")
         )
+
+
+def test_a_pseudo_mask_holds_labels_where_the_sets_own_masks_hold_other_values(cityscapes_tree):
+    """7 is the road in the masks of Cityscapes, label 0; in a pseudo-mask it is label 7."""
+    args = settings(data="cityscapes", data_dir=str(cityscapes_tree), split="1/16")
+    data = datasets.load(args)
+    mask = cityscapes_tree / "mask.png"
+    Image.fromarray(np.full((8, 16), 7, np.uint8)).save(mask)
+    item = replace(data.unlabelled[0], mask=mask)
+    for pseudo, label in ((False, 0), (True, 7)):
+        sample = EvalSet(data, (replace(item, pseudo=pseudo),))[0]
+        assert (sample["target"] == label).all()
 
 
 def test_cityscapes_takes_train_ids_where_they_exist(cityscapes_tree):
@@ -793,6 +806,13 @@ def test_bad_masks_are_named_with_the_values_found(tmp_path):
         labels_of(tmp_path / "lossy.png", 3)
 
 
+def test_labels_that_begin_with_1_are_refused(tmp_path):
+    """Three classes numbered 1 to 3: the last one is one too many."""
+    write_mask(tmp_path / "mask.png", 4)
+    with pytest.raises(InputError, match=r"mask\.png: labels 3 in the mask; 0 to 2 and 255"):
+        labels_of(tmp_path / "mask.png", 3)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "I;16", "LA", "RGB", "RGBA"])
 def test_masks_of_every_mode_give_their_labels(tmp_path, mode: str):
     """A grey mask that was saved in colour has red = green = blue."""
@@ -850,6 +870,19 @@ def test_images_of_several_sizes_are_evaluated_one_by_one(camvid_tree):
     write_mask(camvid_tree / "valannot/v1.png", 11, (32, 32))
     data = load_data(args)
     assert [len(batch["name"]) for batch in eval_loader(data, data.val, args)] == [1, 1]
+
+
+def test_unlabelled_images_of_another_size_are_measured_one_by_one(camvid_tree):
+    """Only where their masks are looked at, too, do they enter an evaluation."""
+    for index in range(8):
+        write_mask(camvid_tree / f"trainannot/p{index}.png", 11, seed=index)
+    write_picture(camvid_tree / "train/p1.png", (32, 32))
+    write_mask(camvid_tree / "trainannot/p1.png", 11, (32, 32))
+    tree = {"data": "camvid", "data_dir": str(camvid_tree), "split": "1/4"}
+    assert load_data(settings(**tree)).val_batch == 4
+    args = settings(**tree, measure_pseudo_labels=True)
+    data = load_data(args)
+    assert len(list(eval_loader(data, data.audit, args))) == len(data.audit) == 6
 
 
 def test_ids_may_hold_dots_and_lists_must_be_text(tmp_path):
@@ -947,6 +980,37 @@ def test_a_window_is_the_crop_of_the_resized_image(factor: float, seed: int):
     assert (sample["target"][~sample["valid_mask"]] == 255).all()
 
 
+def test_windows_reach_every_place_and_half_of_them_are_flipped():
+    torch.manual_seed(0)
+    windows = [WeakAugment(4, ScaleFrom((1.0,))).draw(6, 7) for _ in range(600)]
+    corners = {window.box[:2] for window in windows}
+    assert corners == {(left, top) for left in range(3) for top in range(4)}
+    flipped = sum(window.flip for window in windows) / 600
+    assert abs(flipped - 0.5) < 4 * 0.5 / 600**0.5
+
+
+@pytest.mark.parametrize("factor", [0.25, 0.5])
+def test_windows_of_halved_images_begin_at_even_pixels(factor: float):
+    """JPEGs are then decoded at half size, and an odd corner would shift image and mask apart."""
+    torch.manual_seed(0)
+    augment = WeakAugment(16, ScaleFrom((factor,)))
+    corners = [side for _ in range(50) for side in augment.draw(160, 121).box[:2]]
+    assert not any(side % 2 for side in corners) and len(set(corners)) > 10
+
+
+def test_images_are_scaled_down_with_antialiasing_and_masks_are_not_mixed():
+    """One light column in four: without antialiasing the columns between the light ones count."""
+    pixels = torch.zeros(32, 32, 3, dtype=torch.uint8)
+    pixels[:, ::4] = 255
+    window = Window((0, 0, 32, 32), (8, 8), flip=False)
+    grey = crop_image(Drawn(pixels.numpy()), window, 8)["image"].int()
+    assert (grey[:, 1:-1] - 255 / 4).abs().max() < 2
+    mask = np.arange(32, dtype=np.uint8)[None].repeat(32, 0)
+    target = crop_target(Drawn(mask), Item("x", 0, 0), labels_for(32), window, 8)
+    assert (target - target[:1] == 0).all()
+    assert (target[0] - 4 * torch.arange(8)).tolist() == [2] * 8  # under the centre of each pixel
+
+
 def test_half_size_jpegs_are_decoded_at_half_size(tmp_path):
     write_picture(tmp_path / "p.jpg", (320, 240))
     window = Window((64, 32, 256, 224), (96, 96), flip=False)
@@ -969,6 +1033,15 @@ def test_padding_is_zero_after_normalising():
     assert images[0, :, ~sample["valid_mask"]].abs().max() == 0
     red = (sample["image"][0, 0, 0] / 255 - 0.485) / 0.229
     torch.testing.assert_close(images[0, 0, 0, 0], red)
+
+
+def test_each_channel_is_normalised_by_its_own_statistics():
+    """A pixel of ImageNet's mean colour becomes 0, and one a deviation brighter becomes 1."""
+    mean, deviation = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
+    pixels = np.stack([mean, mean + deviation]).round().astype(np.uint8)[None, None]
+    images = normalise(torch.from_numpy(pixels))
+    expected = torch.tensor([0.0, 1.0]).expand(1, 3, 1, 2)
+    torch.testing.assert_close(images, expected, atol=0.01, rtol=0)
 
 
 def test_scale_rules():
@@ -1017,6 +1090,28 @@ def test_a_batch_larger_than_the_set_repeats_images_with_other_crops():
     assert not torch.equal(batch["image"][0], batch["image"][1])
 
 
+def test_a_crop_depends_on_position_epoch_stream_and_seed():
+    data = datasets.load(settings())
+
+    def crop(position: int, epoch: int, stream: int, seed: int) -> torch.Tensor:
+        train = TrainSet(data, data.labelled, WeakAugment(32, ScaleFrom((1.0,))), seed, stream)
+        return train[Key(0, epoch, position)]["image"]
+
+    numbers = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
+    crops = [crop(*each) for each in numbers]
+    assert torch.equal(crops[0], crop(*numbers[0]))
+    for first, second in itertools.combinations(crops, 2):
+        assert not torch.equal(first, second)
+
+
+def test_the_order_of_images_depends_on_the_seed():
+    first, second = (
+        [key.index for batch in StreamSampler(20, 5, seed, 0, 0, 4) for key in batch]
+        for seed in (0, 1)
+    )
+    assert sorted(first) == sorted(second) and first != second
+
+
 def test_samples_do_not_depend_on_workers_and_leave_the_generator_alone():
     args = settings()
     data = datasets.load(args)
@@ -1027,6 +1122,14 @@ def test_samples_do_not_depend_on_workers_and_leave_the_generator_alone():
     for one, other in zip(alone, many, strict=True):
         assert one["name"] == other["name"]
         assert all(torch.equal(one[key], other[key]) for key in ("image", "target", "valid_mask"))
+
+
+def test_a_loader_may_have_a_scale_of_its_own():
+    args = settings(crop_size=64, scale="1")
+    data = datasets.load(args)
+    for scale, side in ((None, 64), ("0.5", 32)):
+        batch = next(iter(train_loader(data, data.labelled, 0, args, 0, 1, scale=scale)))
+        assert (batch["valid_mask"].sum((1, 2)) == side * side).all()
 
 
 def test_evaluation_shares_have_no_padding(monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from torchvision import models
 
 import u2pl
-from common import InputError
+from common import InputError, deeplabv3plus
 from common.deeplabv3plus import ASPP, DeepLabV3Plus, ResNetBackbone, parameter_groups
 
 
@@ -66,6 +66,56 @@ def test_a_basic_block_network_dilates_every_3x3_after_the_first_block():
     assert rates == [[1, 1], [2, 2], [2, 2], [4, 4]]
 
 
+@pytest.mark.parametrize(
+    ("output_stride", "rates"), [(8, (12, 24, 36)), (16, (6, 12, 18)), (32, (3, 6, 9))]
+)
+def test_aspp_looks_as_far_as_in_the_paper(output_stride: int, rates: tuple[int, int, int]):
+    """Each branch sees a point from the eight places at its distance, and from its own place."""
+    aspp = DeepLabV3Plus("resnet18", 3, output_stride=output_stride).aspp
+    point = torch.zeros(1, 512, 73, 73)
+    point[:, :, 36, 36] = 1
+    for branch, rate in zip(aspp.branches, (0, *rates), strict=True):
+        with torch.no_grad():
+            rows, columns = branch[0](point)[0].any(0).nonzero().unbind(1)
+        assert rows.unique().tolist() == sorted({36 - rate, 36, 36 + rate})
+        assert columns.unique().tolist() == sorted({36 - rate, 36, 36 + rate})
+
+
+def test_nothing_negative_reaches_the_classifier_or_is_joined():
+    """A head without its ReLUs has the same parameters, and could be trained as well."""
+    torch.manual_seed(0)
+    network, seen = DeepLabV3Plus("tiny", 6).train(), []
+    watched = (*network.aspp.branches, network.aspp.pooled, network.aspp.project[0])
+    for part in (*watched, network.low_level, *network.decoder):
+        part.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        logits = network(torch.randn(2, 3, 64, 64))
+    assert len(seen) == 9 and all(output.min() == 0 < output.max() for output in seen)
+    assert logits.min() < 0
+
+
+def test_deep_features_are_upsampled_with_corners_on_corners():
+    network = DeepLabV3Plus("tiny", 6).eval()
+    low, high = torch.randn(1, 24, 13, 10), torch.randn(1, 96, 5, 4)
+    with torch.no_grad():
+        deep, fused = network.aspp(high), network.fuse(low, high)[:, :64]
+    torch.testing.assert_close(fused[..., ::3, ::3], deep)
+
+
+def test_imagenet_weights_are_those_that_the_methods_were_published_with(monkeypatch):
+    """torchvision's V2 weights are better, and results would no longer be comparable."""
+    asked = []
+
+    def get_model(name: str, weights: str | None):
+        asked.append((name, weights))
+        return models.get_model(name, weights=None)
+
+    monkeypatch.setattr(deeplabv3plus, "get_model", get_model)
+    for weights in ("imagenet", "none"):
+        DeepLabV3Plus("resnet18", 3, weights)
+    assert asked == [("resnet18", "IMAGENET1K_V1"), ("resnet18", None)]
+
+
 def test_weights_from_a_file_and_from_a_wrong_file(tmp_path):
     net = models.resnet18(weights=None)
     torch.save(net.state_dict(), tmp_path / "r18.pt")
@@ -79,6 +129,22 @@ def test_weights_from_a_file_and_from_a_wrong_file(tmp_path):
     (tmp_path / "text.pt").write_text("no weights")
     with pytest.raises(InputError, match=r"text\.pt: not a file of weights"):
         DeepLabV3Plus("resnet18", 3, str(tmp_path / "text.pt"))
+
+
+def test_weights_may_come_from_a_network_that_several_processes_trained(tmp_path):
+    net = models.resnet18(weights=None)
+    state = {f"module.{key}": value for key, value in net.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "r18.pt")
+    network = DeepLabV3Plus("resnet18", 3, str(tmp_path / "r18.pt"))
+    torch.testing.assert_close(network.backbone.layer4[1].conv2.weight, net.layer4[1].conv2.weight)
+
+
+def test_dropout_leaves_out_whole_channels():
+    torch.manual_seed(0)
+    aspp = ASPP(8, 64, (1, 2, 3), dropout=0.5).train()
+    with torch.no_grad():
+        dropped = (aspp(torch.randn(4, 8, 9, 9)) == 0).all(3).all(2)
+    assert 0.3 < dropped.float().mean() < 0.7
 
 
 def test_parameter_groups_hold_each_parameter_once():

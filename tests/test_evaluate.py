@@ -53,6 +53,11 @@ def test_the_rarest_classes_are_those_with_the_fewest_pixels_in_the_targets():
     assert math.isnan(result.miou_of_rarest(1))
 
 
+def test_a_rare_class_that_is_often_predicted_is_rare():
+    result = scores(torch.tensor([[2, 0], [6, 4]]))  # predicted are 8 and 4 pixels
+    assert result.miou_of_rarest(1) == pytest.approx(2 / 8)
+
+
 def test_label_254_does_not_wrap_around():
     matrix = confusion([[253, 0]], [[253, 253]], 254)
     assert matrix[253, 253] == 1 and matrix[0, 253] == 1 and matrix.sum() == 2
@@ -85,6 +90,34 @@ def test_sliding_window_agrees_with_the_whole_image_for_a_pointwise_network():
     assert torch.equal(predict(Pointwise(), images).long(), whole.argmax(1))
 
 
+def test_overlapping_windows_add_up():
+    """The sum over classes is how many windows lie on a pixel; of the last one alone it is 1."""
+    summed = probabilities(Pointwise(), torch.randn(1, 3, 40, 56), window=24).sum(1)[0]
+    windows = torch.zeros(40, 56)
+    for top in (0, 16):
+        for left in (0, 16, 32):
+            windows[top : top + 24, left : left + 24] += 1
+    torch.testing.assert_close(summed, windows)
+
+
+class Coarse(torch.nn.Module):
+    """Logits at a quarter of the resolution."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return 4 * images[:, :, ::4, ::4]
+
+
+def test_whole_images_and_their_probabilities_are_interpolated_alike():
+    """Labels come from a kernel, and with windows, scales or an average from the softmax maps."""
+    images = torch.randn(2, 3, 29, 41, generator=torch.Generator().manual_seed(0))
+    probs = probabilities(Coarse(), images)
+    best = probs.topk(2, dim=1).values
+    clear = best[:, 0] - best[:, 1] > 1e-4
+    assert clear.float().mean() > 0.99
+    assert torch.equal(predict(Coarse(), images)[clear].long(), probs.argmax(1)[clear])
+    torch.testing.assert_close(probs[..., ::4, ::4], Coarse()(images).softmax(1))
+
+
 class Constant(torch.nn.Module):
     """The same probabilities everywhere."""
 
@@ -114,6 +147,23 @@ def test_average_is_of_probabilities_and_modes_come_back(ones: DataSource):
     assert first.training and not second.training
     results = evaluate(networks, ones.val, ones, args)
     assert [scores.accuracy for scores in results.values()] == [0.0, 1.0]
+
+
+class Narrow(Constant):
+    """Sure of class 1 in images of at most 8 pixels a side, of class 0 in larger ones."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(images)
+        return logits if max(images.shape[2:]) <= 8 else logits.flip(1)
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_an_evaluation_slides_the_window_that_is_asked_for(ones: DataSource, average: bool):
+    network = Narrow([0.2, 0.8])
+    for window, accuracy in ((0, 0.0), (8, 1.0), (12, 0.0)):
+        args = settings(eval_window=window)
+        found = evaluate({"a": network}, ones.val, ones, args, average)
+        assert {scores.accuracy for scores in found.values()} == {accuracy}
 
 
 def test_pseudo_accuracy_is_measured_where_true_masks_are_at_hand(ones: DataSource):

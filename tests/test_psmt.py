@@ -96,6 +96,14 @@ def test_the_direction_leaves_no_trace():
     assert all(torch.equal(value, before[key]) for key, value in decoder.state_dict().items())
 
 
+def test_a_gradient_that_overflows_gives_no_step_and_leaves_the_other_images_alone():
+    vectors = torch.ones(4, 2, 3)
+    vectors[1, 0, 0], vectors[2, 0, 0], vectors[3] = math.inf, math.nan, 0
+    found = adversarial.unit_length(vectors)
+    torch.testing.assert_close(found[0], torch.full((2, 3), 6**-0.5))
+    assert (found[1:] == 0).all()
+
+
 def test_nothing_to_move_gives_no_step():
     constant = nn.Conv2d(6, 4, 1).requires_grad_(False)
     nn.init.zeros_(constant.weight)

@@ -4,7 +4,7 @@ import copy
 import functools
 import math
 import warnings
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -16,13 +16,14 @@ import ael
 import cps
 import mean_teacher
 import psmt
+import supervised
 import unimatch
-from common import runtime
+from common import checkpoint, runtime
 from common.adaptive import ConfidenceBank, ImagePool, pasted_classes
 from common.augment import normalise
 from common.deeplabv3plus import DeepLabV3Plus
 from common.distributed import add_up, world_size
-from common.evaluate import evaluate
+from common.evaluate import evaluate, scores
 from common.run import Run, sgd
 
 
@@ -52,6 +53,60 @@ def test_a_first_step_that_fp16_leaves_out_counts_and_does_not_warn(begin):
         scheduler.step()
     assert weight.item() == 1 and scheduler.last_epoch == 1
     assert scheduler.get_last_lr() == [0.9]
+
+
+def test_the_optimiser_has_the_rates_and_decays_of_the_settings():
+    """Those of every network, with momentum 0.9."""
+    networks = [DeepLabV3Plus("tiny", 6) for _ in range(2)]
+    for decay_norm in (False, True):
+        flags = {"lr": 0.5, "head_lr_mult": 3.0, "weight_decay": 0.25, "decay_norm": decay_norm}
+        optimizer = sgd(networks, SimpleNamespace(**flags))
+        found = {
+            part: (group["lr"], group["weight_decay"], group["momentum"])
+            for group in optimizer.param_groups
+            for part in group["params"]
+        }
+        decay = 0.25 if decay_norm else 0.0
+        for network in networks:
+            assert found.keys() >= set(network.parameters())
+            assert found[network.backbone.stem[0][0].weight] == (0.5, 0.25, 0.9)
+            assert found[network.backbone.stem[0][1].weight] == (0.5, decay, 0.9)
+            assert found[network.classifier.weight] == (1.5, 0.25, 0.9)
+            assert found[network.classifier.bias] == (1.5, decay, 0.9)
+
+
+def test_best_pt_is_of_the_best_evaluation_and_not_of_the_last(begin):
+    run = begin(supervised)
+    network = run.place(DeepLabV3Plus.from_settings(run.args, run.data.num_classes))
+    run.keep(result="model", model=network)
+    best = run.checkpoint.with_name("best.pt")
+    for done, right, expected in ((10, 4, 10), (20, 7, 20), (30, 5, 20), (40, 7, 20)):
+        run.done = done
+        worse = scores(torch.tensor([[right - 1, 11 - right], [0, 10]]))
+        result = scores(torch.tensor([[right, 10 - right], [0, 10]]))
+        run.report({"other": worse, "model": result})
+        assert checkpoint.read(best)["iteration"] == expected
+    assert run.book.best == result.miou
+
+
+def test_the_learning_rate_falls_with_every_iteration(begin):
+    run = begin(supervised, "--max-iters", "10", "--lr", "0.5", "--head-lr-mult", "2")
+    network = run.place(DeepLabV3Plus.from_settings(run.args, run.data.num_classes))
+    optimizer = sgd([network], run.args)
+    run.keep(result="model", model=network, optimizer=optimizer)
+    for done in range(10):
+        factor = (1 - done / 10) ** 0.9
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert rates == pytest.approx([0.5 * factor] * 2 + [factor] * 2)
+        run.done = done
+        run.step(sum(part.sum() for part in network.parameters()) * 0, optimizer)
+        run.log({"loss": torch.tensor(1.0)})
+
+
+def test_an_epoch_passes_over_the_unlabelled_images(begin):
+    run = begin(cps, "--epochs", "3")
+    assert (len(run.data.labelled), len(run.data.unlabelled)) == (32, 224)
+    assert (run.schedule.per_epoch, run.schedule.total) == (224 // 4, 3 * 224 // 4)
 
 
 # ----------------------------------------------------------------------------------- two processes
