@@ -106,16 +106,21 @@ def grid(
     save(figure, path)
 
 
-def legend(figure, data: DataSource) -> None:
-    """The classes' colours, below a figure, in as many columns as its width holds."""
+def legend(figure, data: DataSource, room: float = 0.5) -> None:
+    """The classes' colours, below a figure, in as many columns as its width holds.
+
+    The figure grows where they are higher than the `room` that it has for them, in inches.
+    """
     colours = np.array(data.colours) / 255
     patches = [pyplot().Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
     options = {"loc": "outside lower center", "fontsize": 8}
     for columns in range(min(len(data.classes), 7), 0, -1):
         drawn = figure.legend(patches, data.classes, ncols=columns, **options)
         if columns == 1 or drawn.get_window_extent().width <= figure.bbox.width:
-            return
+            break
         drawn.remove()
+    height = drawn.get_window_extent().height / figure.dpi
+    figure.set_figheight(figure.get_figheight() + max(0.0, height - room))
 
 
 # ---------------------------------------------------------------------------------- of every run

@@ -4,6 +4,7 @@ Everything that reads an image file of the user does it here, so that training, 
 prediction see the same pixels, and every file that cannot be read ends in one line that names it.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -495,6 +496,15 @@ def refuse_labels(values: np.ndarray, possible: str, path: Path | None) -> None:
         raise InputError(f"{path}: labels {found} in the mask; {possible} are possible")
 
 
+def spans(values: Sequence[int]) -> str:
+    """Ascending numbers as text, neighbours joined: 0, 7 to 9, 255."""
+    parts = []
+    for _, neighbours in itertools.groupby(enumerate(values), lambda pair: pair[1] - pair[0]):
+        first, *others = (value for _, value in neighbours)
+        parts.append(f"{first} to {others[-1]}" if others else f"{first}")
+    return ", ".join(parts)
+
+
 class LabelTable:
     """The label of each value that a mask may hold.
 
@@ -540,9 +550,7 @@ class LabelTable:
         """The values that a mask may hold, for messages."""
         if self.bytes[: self.num_classes] == bytes(range(self.num_classes)):
             return f"0 to {self.num_classes - 1} and 255 (ignored)"
-        listed = [value for value, label in enumerate(self.bytes) if label != INVALID]
-        more = ", ..." if len(listed) > 20 else ""
-        return ", ".join(map(str, listed[:20])) + more
+        return spans([value for value, label in enumerate(self.bytes) if label != INVALID])
 
 
 class ColourTable:

@@ -309,7 +309,7 @@ def save_page(blends: dict[str, np.ndarray], classes: tuple[str, ...], path: Pat
     tallest = max(blend.shape[0] / blend.shape[1] for blend in blends.values())
     cell = 1.75 * min(tallest, 1.2) + 0.25  # inches, with the title
     figure, axes = figures.pyplot().subplots(
-        rows, COLUMNS, figsize=(11, rows * cell), squeeze=False, layout="constrained"
+        rows, COLUMNS, figsize=(11, rows * cell + 0.2), squeeze=False, layout="constrained"
     )
     for axis in axes.flat:
         axis.axis("off")
@@ -318,9 +318,7 @@ def save_page(blends: dict[str, np.ndarray], classes: tuple[str, ...], path: Pat
         title = name if len(name) <= TITLE else "…" + name[1 - TITLE :]
         axis.set_title(title, fontsize=6, parse_math=False)
     data = SimpleNamespace(classes=classes, colours=voc_colours(len(classes)))
-    figures.legend(figure, data)
-    legend = figure.legends[0].get_window_extent().height / figure.dpi
-    figure.set_figheight(rows * cell + legend + 0.2)
+    figures.legend(figure, data, room=0)
     with writing(path):
         figures.save(figure, path)
 

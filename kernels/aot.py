@@ -463,6 +463,8 @@ def main() -> None:
         "--dtype", choices=list(DTYPES), default="bf16", help="of the logits (default: %(default)s)"
     )
     args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("unset TRITON_INTERPRET: with it kernels are interpreted, not compiled")
     target, cuda = args.target, TARGETS[args.target].backend == "cuda"
     print(
         f"{target}, {args.dtype} logits, Triton {triton.__version__}; "

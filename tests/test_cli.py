@@ -11,7 +11,7 @@ import cps
 import stpp
 import supervised
 import unimatch
-from common import cli
+from common import cli, compare
 from common.datasets import DATASETS
 from common.schedule import Schedule
 
@@ -31,6 +31,10 @@ def test_presets_are_complete(script):
         length = {"epochs", "max_iters"} & set(preset)
         assert length == {"epochs", "max_iters"} or not isinstance(preset.get("epochs"), dict)
         assert length and len({"eval_interval", "eval_iters"} & set(preset)) == 1
+
+
+def test_every_data_set_can_be_compared_on():
+    assert set(compare.SHARED) == set(DATASETS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)

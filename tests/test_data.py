@@ -806,6 +806,16 @@ def test_bad_masks_are_named_with_the_values_found(tmp_path):
         labels_of(tmp_path / "lossy.png", 3)
 
 
+def test_the_values_that_a_mapped_mask_may_hold_are_named(tmp_path):
+    """Their end was cut off once, which is what one looks for."""
+    labels = [255, *range(150), *[250] * 105]
+    labels[200], labels[255] = 7, 255
+    write_mask(tmp_path / "mask.png", 3, extra=(151,))
+    mask = open_mask(tmp_path / "mask.png", Drawn(np.zeros((48, 64, 3), np.uint8)))
+    with pytest.raises(InputError, match=r"labels 151 in the mask; 0 to 150, 200, 255 are poss"):
+        LabelTable(labels, 150).look_up(mask.values(), Path("mask.png"))
+
+
 def test_labels_that_begin_with_1_are_refused(tmp_path):
     """Three classes numbered 1 to 3: the last one is one too many."""
     write_mask(tmp_path / "mask.png", 4)

@@ -73,6 +73,24 @@ def test_a_contact_sheet_shows_images_above_their_masks(tmp_path, monkeypatch):
     figures.pyplot().close(shown[0])
 
 
+@pytest.mark.parametrize("count", [12, 150])
+def test_many_classes_leave_images_their_size(count: int, monkeypatch):
+    """Found wrong once: the colours of 150 classes lay over the images."""
+    shown = []
+    monkeypatch.setattr(figures, "save", lambda figure, _: shown.append(figure))
+    names = tuple(f"class {number}" for number in range(count))
+    data = SimpleNamespace(classes=names, colours=datasets.voc_colours(count))
+    images = [np.zeros((60, 80, 3), np.uint8)] * 4
+    figures.grid({"input": images, "target": images, "model": images}, data, "unused.png")
+    (figure,) = shown
+    figure.canvas.draw()
+    below = figure.legends[0].get_window_extent().y1
+    for axis in figure.axes:
+        box = axis.get_window_extent()
+        assert box.y0 > below and box.width > 0.8 * 1.8 * figure.dpi
+    figures.pyplot().close(figure)
+
+
 @pytest.mark.parametrize("width", [2.0, 5.4, 8.0])
 def test_a_legend_is_as_wide_as_its_figure_at_most(width: float):
     """Found wrong once: below three narrow columns both its ends were cut off."""
