@@ -224,8 +224,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--conf-thresh",
         type=float,
         metavar="τ",
-        help="probability from which a pseudo-label is kept (default: 0.95, cityscapes 0, shapes "
-        "0.7, with --fixmatch 0.95)",
+        help="probability from which a pseudo-label is kept (default: 0.95; cityscapes 0; shapes "
+        "0.7, but 0.95 with --fixmatch)",
     )
     group.add_argument(
         "--feature-dropout",

@@ -157,7 +157,7 @@ EXPERIMENTS = {
         "what is mixed, by the same teacher: nothing, a box, classes, classes of labelled images",
         (
             Variant("Mean Teacher", "mean_teacher.py"),
-            Variant("box (CutMix-Seg)", "mean_teacher.py --cutmix --unsup-weight 1"),
+            Variant("box (CutMix-Seg, weight 1)", "mean_teacher.py --cutmix --unsup-weight 1"),
             Variant("classes (ClassMix)", "mean_teacher.py --classmix"),
             Variant("true classes (as DACS)", "mean_teacher.py --classmix labelled"),
         ),
@@ -199,7 +199,7 @@ EXPERIMENTS = {
         "AEL, U2PL with AEL and PS-MT, and what changes without some of their parts",
         (
             Variant("SupOnly", "supervised.py"),
-            Variant("CutMix-Seg", "mean_teacher.py --cutmix --unsup-weight 1"),
+            Variant("CutMix-Seg, weight 1", "mean_teacher.py --cutmix --unsup-weight 1"),
             Variant("AEL", "ael.py"),
             Variant("AEL without ACP", "ael.py --no-acp", against="AEL"),
             Variant("AEL without ACM", "ael.py --no-acm", against="AEL"),
