@@ -296,9 +296,9 @@ def strong_view(sample: dict, item: Item) -> dict:
     return {**sample, "image_strong": colour_jitter_and_blur(sample["image"])}
 
 
-def student_view(batch: dict, images: str, args: argparse.Namespace) -> Tensor:
-    """What the student sees of a batch of "labelled" or "unlabelled" `images`, normalised."""
-    strong = args.strong_aug in (images, "both")
+def student_view(batch: dict, kind: str, args: argparse.Namespace) -> Tensor:
+    """The view that the student gets of a batch, normalised; `kind`: "labelled" or "unlabelled"."""
+    strong = args.strong_aug in (kind, "both")
     return normalise(batch["image_strong" if strong else "image"], batch["valid_mask"])
 
 

@@ -124,7 +124,7 @@ SHAPES = {  # a small network with pretrained weights of its own, for a CPU
     "weight_decay": 1e-4,
     "decay_norm": False,
     "ohem": None,
-    # τ; see common/results/README.md.
+    # τ: FixMatch's is published, UniMatch's was chosen here; see common/results/README.md.
     "conf_thresh": {"fixmatch": 0.95, "unimatch": 0.7},
     "eval_window": 0,  # whole images
     "eval_iters": 450,

@@ -186,8 +186,7 @@ def step_of(script, networks: list, batches: list[dict], args, classes: int) -> 
             return script.train_step(*networks, batch_l, args)
         if script is unimatch:
             return unimatch.train_step(*networks, batch_l, *batches_u, iteration, args)
-        if script not in (ael, mean_teacher, psmt, u2pl):
-            raise NotImplementedError(f"a step of {script.__name__}: add it here")
+        assert script in (ael, mean_teacher, psmt, u2pl), f"add a step of {script.__name__} here"
         student, teacher = networks
         if script is ael:
             measured = ael.train_step(student, teacher, *memory, batches, iteration, args)
